@@ -1,0 +1,1 @@
+"""Batch norm, residual and LIF in one operator."""

@@ -1,0 +1,1 @@
+"""The multi-step leaky integrate-and-fire neuron."""

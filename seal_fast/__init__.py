@@ -1,0 +1,21 @@
+"""Fused spiking neurons and selective-alignment distillation for PyTorch.
+
+Operators: `lif`, `bn_lif`, `seal_loss`, `selective_alignment_weights`. Modules are in `seal_fast.nn`, networks in
+`seal_fast.models`, trainers in `seal_fast.train`. `backends()` says what can run here.
+"""
+
+from . import models, nn
+from .backends import backends
+from .ops import bn_lif, lif, seal_loss, selective_alignment_weights
+from .version import __version__
+
+__all__ = [
+    "__version__",
+    "backends",
+    "bn_lif",
+    "lif",
+    "models",
+    "nn",
+    "seal_loss",
+    "selective_alignment_weights",
+]

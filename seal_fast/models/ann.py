@@ -1,0 +1,144 @@
+"""Teachers: residual networks of ordinary neurons (He et al. 2016), with the published state-dict names."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops._arguments import require_integer
+
+IMAGENET_CLASSES = 1000
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = _downsample(in_channels, channels, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return F.relu(y + shortcut, inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 and 1×1 convolutions and a shortcut; the stride is in the 3×3."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.downsample = _downsample(in_channels, out_channels, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return F.relu(y + shortcut, inplace=True)
+
+
+# arch -> (block, blocks per stage, channels per stage, hidden units before the last linear layer)
+_ARCHITECTURES = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), None),
+    "resnet19": (BasicBlock, (3, 3, 2), (128, 256, 512), 256),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512), None),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), None),
+}
+TEACHERS = tuple(_ARCHITECTURES)
+
+
+class Teacher(nn.Module):
+    """A residual network: images [B, C, H, W] -> logits [B, K]."""
+
+    def __init__(self, arch: str, num_classes: int, in_channels: int, imagenet_stem: bool):
+        super().__init__()
+        block, depths, widths, hidden = _ARCHITECTURES[arch]
+        if imagenet_stem:
+            self.conv1 = nn.Conv2d(in_channels, widths[0], 7, 2, 3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, 2, 1)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
+            self.maxpool = nn.Identity()
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        channels = widths[0]
+        self.stages = []
+        for index, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
+            blocks = []
+            for position in range(depth):
+                blocks.append(block(channels, width, stride=2 if index > 1 and position == 0 else 1))
+                channels = width * block.expansion
+            self.stages.append(f"layer{index}")
+            self.add_module(self.stages[-1], nn.Sequential(*blocks))
+        if hidden is None:
+            self.fc = nn.Linear(channels, num_classes)
+        else:
+            self.fc = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
+        initialise(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        for stage in self.stages:
+            x = getattr(self, stage)(x)
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def teacher(arch: str, *, num_classes: int, in_channels: int = 3, stem: str | None = None) -> Teacher:
+    """A teacher network.
+
+    Args:
+        arch: "resnet18", "resnet19", "resnet34" or "resnet50".
+        num_classes: K.
+        in_channels: C of the images.
+        stem: "imagenet", a 7×7 convolution with stride 2 and pooling (not for resnet19, which has none); "cifar", a 3×3
+            convolution; None, as published: "imagenet" for 1,000 classes.
+
+    Returns:
+        A module: images [B, C, H, W] -> logits [B, K].
+
+    Raises:
+        ValueError: An argument is not one of the values above.
+    """
+    if arch not in TEACHERS:
+        raise ValueError(f"arch of a teacher must be one of {', '.join(TEACHERS)}; got {arch!r}.")
+    if stem not in (None, "cifar", "imagenet"):
+        raise ValueError(f"stem must be 'cifar', 'imagenet' or None; got {stem!r}.")
+    require_integer("num_classes", num_classes, 2)
+    require_integer("in_channels", in_channels, 1)
+    if arch == "resnet19":
+        if stem == "imagenet":
+            raise ValueError("resnet19 has no 'imagenet' stem; use 'cifar' or None.")
+        stem = "cifar"
+    elif stem is None:
+        stem = "imagenet" if num_classes == IMAGENET_CLASSES else "cifar"
+    return Teacher(arch, num_classes, in_channels, imagenet_stem=stem == "imagenet")
+
+
+def initialise(network: nn.Module) -> None:
+    """Kaiming's initialisation for convolutions (fan out, as torchvision's ResNet); torch's own for the rest."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))

@@ -1,0 +1,103 @@
+"""Argument checks: each raises one sentence that names the argument, what was expected and what came.
+
+None of them reads a value from a device other than the CPU, so none waits for one.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+
+from ..kernels.surrogate.reference import Surrogate
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape(tensor: torch.Tensor) -> str:
+    """The shape as a user writes it: [4, 2, 10]."""
+    return str(list(tensor.shape))
+
+
+def require_float_tensor(name: str, value: object, layout: str) -> None:
+    """A floating-point tensor; `layout` says in words which shape is expected."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}; got {type(value).__name__}.")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {value.dtype}.")
+
+
+def require_device(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """Both tensors on one device."""
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}; got {value.device}.")
+
+
+def require_number(name: str, value: object, *, above: float | None = None, at_least: float | None = None) -> float:
+    """A finite real number, within its bound."""
+    bound = f" above {above:g}" if above is not None else f" of at least {at_least:g}" if at_least is not None else ""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number{bound}; got {type(value).__name__}.")
+    inside = (above is None or value > above) and (at_least is None or value >= at_least)
+    if not (math.isfinite(value) and inside):
+        raise ValueError(f"{name} must be a finite number{bound}; got {value!r}.")
+    return float(value)
+
+
+def require_integer(name: str, value: object, at_least: int) -> int:
+    """An integer within its bound."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least {at_least}; got {value!r}.")
+    if value < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}; got {value}.")
+    return value
+
+
+def as_surrogate(value: str | Surrogate) -> Surrogate:
+    """A name, or a Surrogate with its own alpha."""
+    if isinstance(value, Surrogate):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"surrogate must be a name or a Surrogate; got {type(value).__name__}.")
+    return Surrogate(value)
+
+
+def neuron_options(
+    tau: float | torch.Tensor,
+    decay_input: bool,
+    v_threshold: float | torch.Tensor,
+    v_reset: float | None,
+    surrogate: str | Surrogate,
+    detach_reset: bool,
+) -> dict:
+    """The options of a LIF neuron, checked as far as they can be without its input, as keyword arguments of the kernels."""
+    if not isinstance(tau, torch.Tensor):
+        require_number("tau", tau, at_least=1.0)
+    if not isinstance(v_threshold, torch.Tensor):
+        require_number("v_threshold", v_threshold)
+    if v_reset is not None:
+        v_reset = require_number("v_reset", v_reset)
+    for name, value in (("decay_input", decay_input), ("detach_reset", detach_reset)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False; got {value!r}.")
+    return {
+        "tau": tau,
+        "decay_input": decay_input,
+        "v_threshold": v_threshold,
+        "v_reset": v_reset,
+        "surrogate": as_surrogate(surrogate),
+        "detach_reset": detach_reset,
+    }
+
+
+def require_per_channel(name: str, value: float | torch.Tensor, x: torch.Tensor) -> None:
+    """A float, a scalar tensor, or a tensor [C] for x [T, B, C, ...]."""
+    if not isinstance(value, torch.Tensor):
+        return
+    require_float_tensor(name, value, "(scalar or [C])")
+    require_device(name, value, "x", x)
+    channels = x.shape[2] if x.dim() > 2 else None
+    if value.dim() > 0 and (value.dim() > 1 or value.shape[0] != channels):
+        expected = "a scalar" if channels is None else f"a scalar or [{channels}], the channels of x {shape(x)}"
+        raise ValueError(f"{name} must be {expected}; got {shape(value)}.")
