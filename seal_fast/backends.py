@@ -1,7 +1,8 @@
 """Which kernels can run here, and why not.
 
-A backend is chosen by name, by the argument `backend` of an operator or module. "auto" takes the fastest that can run the
-call; the environment variable SEAL_FAST_BACKEND replaces "auto" by a name. A name that cannot run the call raises.
+A backend is chosen by name, by the argument `backend` of an operator or module. "auto" takes the fastest that can run
+the call; the environment variable SEAL_FAST_BACKEND replaces "auto" by a name. A name that cannot run the call
+raises.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     m = batch_norm(y) + residual        spikes = lif(m viewed as [T, B, C, ...])
 
-Statistics run over all time steps of the batch. Where y is static (one frame for all T time steps), the operator computes
-them once; mean and biased variance are the same, and the running variance is corrected to the T-fold sample size.
+Statistics run over all time steps of the batch. Where y is static (one frame for all T time steps), the operator
+computes them once; mean and biased variance are the same, and the running variance is corrected to the T-fold sample
+size.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def bn_lif(
     static: bool,
     lif_options: dict,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return spikes [T·B, C, ...] and the membrane input m: [T·B, C, ...], or [B, C, ...] where nothing varies in time."""
+    """Return spikes [T·B, C, ...] and the membrane input m, which is [B, C, ...] where nothing in it varies in time."""
     m = batch_norm(y, bn, repeats=time_steps if static else 1)
     if residual is not None:
         if residual.shape[0] == m.shape[0]:

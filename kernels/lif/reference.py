@@ -8,8 +8,8 @@ With θ = v_threshold, r = v_reset (0 where it is None), v_0 = v_init or r, for 
     fire    s_t = 1 if h_t ≥ θ else 0
     reset   v_t = (1 - s_t) h_t + s_t r   hard;     v_t = h_t - s_t θ   soft (v_reset=None)
 
-Each operation is its own torch call, so none is contracted into a fused multiply-add. Gradients are autograd's, with the
-surrogate derivative in place of the spike's; `detach_reset` cuts the gradient of s_t inside the reset.
+Each operation is its own torch call, so none is contracted into a fused multiply-add. Gradients are autograd's, with
+the surrogate derivative in place of the spike's; `detach_reset` cuts the gradient of s_t inside the reset.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _per_channel(value, x, dtype):
 
 
 def _stack_like(steps: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Stack time steps in x's memory format: stacked in the order in which a step lies in memory, then permuted back."""
+    """Stack time steps in x's memory format: in the order in which a step lies in memory, then permuted back."""
     order = sorted(range(x.dim() - 1), key=lambda axis: -x.stride(axis + 1))
     inverse = [order.index(axis) + 1 for axis in range(x.dim() - 1)]
     return torch.stack([step.permute(order) for step in steps]).permute(0, *inverse)

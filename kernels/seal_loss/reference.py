@@ -5,14 +5,15 @@ ignored (label -100).
 
     L = CE + α·ELA + β·STA
 
-ELA, error-aware logit alignment: κ²·KL(softmax(q'/κ) ‖ softmax(s/κ)). With w the first index of the largest logit, s is z
-with s[w] := z[y], and q' is q with q'[w] = q'[y] := min(q[w], q[y]). Where w = y both replacements change nothing.
+ELA, error-aware logit alignment: κ²·KL(softmax(q'/κ) ‖ softmax(s/κ)). With w the first index of the largest logit, s
+is z with s[w] := z[y], and q' is q with q'[w] = q'[y] := min(q[w], q[y]). Where w = y both replacements change
+nothing.
 
-STA, selective temporal alignment: κ²·KL(softmax(ẑ/κ) ‖ softmax(z/κ)) against ẑ_i = Σ_j A[i,j] z_j, detached, where A[i,·] is
-the softmax over j ≠ i of confidence_j · cos(z_i, z_j), and confidence = 1 - entropy/ln K. 0 where T = 1.
+STA, selective temporal alignment: κ²·KL(softmax(ẑ/κ) ‖ softmax(z/κ)) against ẑ_i = Σ_j A[i,j] z_j, detached, where
+A[i,·] is the softmax over j ≠ i of confidence_j · cos(z_i, z_j), and confidence = 1 - entropy/ln K. 0 where T = 1.
 
-Ancestors: kd is κ²·KL(softmax(q/κ) ‖ softmax(z/κ)); tdkd (arXiv 2501.15925) adds the same against the detached mean of the
-logits of the sample's correct time steps, zeros where none is correct.
+Ancestors: kd is κ²·KL(softmax(q/κ) ‖ softmax(z/κ)); tdkd (arXiv 2501.15925) adds the same against the detached mean
+of the logits of the sample's correct time steps, zeros where none is correct.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _divergence(target: torch.Tensor, z: torch.Tensor, temperature: float) -> torch.Tensor:
-    """κ²·KL(softmax(target/κ) ‖ softmax(z/κ)) over the last axis; classes of probability 0 in the target add nothing."""
+    """κ²·KL(softmax(target/κ) ‖ softmax(z/κ)) over the last axis; a class of target probability 0 adds nothing."""
     log_target = torch.log_softmax(target / temperature, -1)
     log_z = torch.log_softmax(z / temperature, -1)
     probability = log_target.exp()

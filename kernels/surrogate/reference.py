@@ -8,8 +8,8 @@ Formulas and defaults are SpikingJelly's where it has the function; triangle is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 

@@ -18,7 +18,7 @@ from .ann import initialise
 
 
 class Neuron(LIFNode):
-    """A LIFNode that starts each call at rest and takes the batch norm before it along, so that both run as one operator.
+    """A LIFNode that starts each call at rest and takes along the batch norm before it, to run both as one operator.
 
     Being a module, it lets forward hooks see the spikes of its layer.
     """
@@ -220,14 +220,18 @@ def student(
     detach_reset: bool = False,
     backend: str = "auto",
 ) -> Student:
-    """A spiking student with the published neuron: the input is not divided by tau, and the surrogate is sigmoid, α = 4.
+    """A spiking student with the published neuron: input not divided by tau, sigmoid surrogate with α = 4.
 
     Args:
         arch: "resnet18", "resnet19" or "preact_resnet34".
         num_classes: K.
         in_channels: C of images or events.
         time_steps: T.
-        tau, v_threshold, v_reset, detach_reset, backend: Of each neuron; see `seal_fast.lif`.
+        tau: Membrane time constant of each neuron; this and the rest as in `seal_fast.lif`.
+        v_threshold: Firing threshold.
+        v_reset: Potential after a spike; None for soft reset.
+        detach_reset: Whether the reset passes no gradient to the spike.
+        backend: "auto", "triton", "cupy", "cpu" or "torch".
 
     Returns:
         A module: images [B, C, H, W] or events [T, B, C, H, W] -> logits [T, B, K].

@@ -26,9 +26,9 @@ def lif(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run LIF neurons over all T time steps.
 
-    Charge is h = v + (x - (v - v_reset))/tau, or h = v - (v - v_reset)/tau + x without `decay_input`; a spike fires where
-    h >= v_threshold; then v is set to v_reset, or lowered by v_threshold where v_reset is None (soft reset). The
-    derivative of the spike is the surrogate's.
+    Charge is h = v + (x - (v - v_reset))/tau, or h = v - (v - v_reset)/tau + x without `decay_input`; a spike fires
+    where h >= v_threshold; then v is set to v_reset, or lowered by v_threshold where v_reset is None (soft reset).
+    The derivative of the spike is the surrogate's.
 
     Args:
         x: Input current [T, ...], in any strides; float16, bfloat16, float32 or float64.

@@ -87,7 +87,8 @@ def selective_alignment_weights(logits: torch.Tensor, *, backend: str = "auto") 
         backend: "auto", "triton", "cupy", "cpu" or "torch".
 
     Returns:
-        weights: [B, T, T]; row i holds the weights of the other steps in the target of step i and sums to 1; the diagonal
+        weights: [B, T, T]; row i holds the weights of the other steps in the target of step i and sums to 1; the
+        diagonal
             is 0. All 0 where T = 1.
         confidence: [T, B]; 1 - entropy/ln K.
 
