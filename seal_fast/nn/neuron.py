@@ -72,6 +72,6 @@ class LIFNode(nn.Module):
         surrogate = f"{self.surrogate.name}(alpha={self.surrogate.alpha:g})"
         return (
             f"tau={self.tau}, decay_input={self.decay_input}, v_threshold={self.v_threshold}, v_reset={self.v_reset}, "
-            f"surrogate={surrogate}, detach_reset={self.detach_reset}, step_mode={self.step_mode},
-            backend={self.backend}"
+            f"surrogate={surrogate}, detach_reset={self.detach_reset}, step_mode={self.step_mode}, "
+            f"backend={self.backend}"
         )

@@ -71,7 +71,7 @@ def neuron_options(
     surrogate: str | Surrogate,
     detach_reset: bool,
 ) -> dict:
-    """The options of a LIF neuron, checked as far as they can be without its input, as keyword arguments of the kernels."""
+    """The options of a LIF neuron as keyword arguments of the kernels, checked as far as can be without its input."""
     if not isinstance(tau, torch.Tensor):
         require_number("tau", tau, at_least=1.0)
     if not isinstance(v_threshold, torch.Tensor):

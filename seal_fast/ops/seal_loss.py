@@ -62,7 +62,7 @@ def seal_loss(
             checked on the CPU only: reading them from a GPU would wait for it.
     """
     _require_logits(logits)
-    T, B, K = logits.shape
+    B, K = logits.shape[1:]
     require_float_tensor("teacher_logits", teacher_logits, "[B, K]")
     require_device("teacher_logits", teacher_logits, "logits", logits)
     if teacher_logits.shape != (B, K):
