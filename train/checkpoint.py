@@ -1,0 +1,92 @@
+"""Checkpoints: written whole or not at all, and opened without executing anything in them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from seal_fast.models import TEACHERS, teacher
+from seal_fast.train.options import UsageError
+
+
+def save(content: dict, path: Path) -> None:
+    """Write `content` to `path`; what was there before stays until the new file is complete."""
+    partial = path.with_name(f"{path.name}.partial")
+    torch.save(content, partial)
+    os.replace(partial, path)
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        UsageError: The file is missing, truncated, or holds anything but tensors and plain values.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"there is no checkpoint at {path}.") from None
+    except pickle.UnpicklingError as error:
+        reason = "it holds something other than tensors and plain values, or is no checkpoint"
+        raise UsageError(f"checkpoint {path} is refused: {reason}.") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UsageError(f"checkpoint {path} cannot be read: {reason}.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"checkpoint {path} must hold a dictionary; it holds {type(content).__name__}.")
+    return content
+
+
+def load_into(network: nn.Module, state: dict, path: Path, what: str) -> None:
+    """Load a state dict if its names and shapes are those of the network.
+
+    Raises:
+        UsageError: They are not.
+    """
+    mismatch = _mismatch(network.state_dict(), state)
+    if mismatch:
+        raise UsageError(f"checkpoint {path} does not hold {what}: {mismatch}.")
+    network.load_state_dict(state)
+
+
+def load_teacher(path: Path, arch: str, *, num_classes: int, in_channels: int, stem: str | None) -> nn.Module:
+    """A teacher in evaluation mode from {"best_net": state_dict}, or from a bare state dict.
+
+    Raises:
+        UsageError: The file cannot be read, or holds another network.
+    """
+    content = load(path)
+    state = content.get("best_net", content)
+    # DataParallel puts every module under the name "module".
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    network = teacher(arch, num_classes=num_classes, in_channels=in_channels, stem=stem)
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UsageError(f"checkpoint {path} holds no teacher: expected {{'best_net': state_dict}}.")
+    what = f"a {arch} with {num_classes} classes and {in_channels} input channels"
+    others = [name for name in TEACHERS if name != arch and _fits(name, state, num_classes, in_channels)]
+    if others:
+        what += f" but a {others[0]} (pass --tea_arch {others[0]})"
+    load_into(network, state, path, what)
+    return network.eval().requires_grad_(False)
+
+
+def _fits(arch: str, state: dict, num_classes: int, in_channels: int) -> bool:
+    with torch.device("meta"):
+        network = teacher(arch, num_classes=num_classes, in_channels=in_channels)
+    return not _mismatch(network.state_dict(), state)
+
+
+def _mismatch(expected: dict, state: dict) -> str:
+    """The first difference of names or shapes in words, and how many more there are; empty where there is none."""
+    found = [f"{name} is missing" for name in expected if name not in state]
+    found += [f"{name} is unexpected" for name in state if name not in expected]
+    for name, value in expected.items():
+        if name in state and state[name].shape != value.shape:
+            found.append(f"{name} is {list(state[name].shape)} instead of {list(value.shape)}")
+    if len(found) < 2:
+        return "".join(found)
+    return f"{found[0]}, and {len(found) - 1} more such differences"

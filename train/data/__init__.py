@@ -1,0 +1,59 @@
+"""The datasets of the published runs, and two small ones made from scikit-learn's digits that need no download."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from . import cifar, digits, event_folder, image_folder
+from .errors import DataError
+from .splits import Splits
+
+__all__ = ["DATASETS", "DataError", "Splits", "load"]
+
+_LOADERS = {
+    "CIFAR10": cifar.load,
+    "CIFAR100": cifar.load,
+    "CIFAR10_DVS_SJ": event_folder.load,
+    "imagenet": image_folder.load,
+    "DIGITS": digits.load,
+    "DIGITS_DVS": event_folder.load,
+}
+DATASETS: tuple[str, ...] = tuple(_LOADERS)
+
+
+def load(
+    name: str,
+    root: str | Path | None,
+    *,
+    role: str,
+    time_steps: int,
+    auto_aug: bool | None = None,
+    cutout: bool | None = None,
+) -> Splits:
+    """Check a dataset on disk and return its two parts with the published augmentation.
+
+    Args:
+        name: one of `DATASETS`.
+        root: folder that holds the data; only DIGITS needs none. DIGITS_DVS creates the folder if it is missing.
+        role: "teacher" or "student": whose augmentation the training part gets.
+        time_steps: T, the number of frames into which a sample's events are summed; matters to event data only.
+        auto_aug: switches AutoAugment (images) or flip, roll, rotation and cutout (events); None takes the published
+            choice.
+        cutout: switches cutout; None takes the published choice.
+
+    Raises:
+        ValueError: an argument is none of the above.
+        DataError: the data is missing, incomplete or corrupt.
+    """
+    if name not in DATASETS:
+        by_lower_case = {known.lower(): known for known in DATASETS}
+        close = difflib.get_close_matches(str(name).lower(), by_lower_case, n=1)
+        hint = f"; did you mean {by_lower_case[close[0]]}?" if close else ""
+        raise ValueError(f"name must be one of {', '.join(DATASETS)}, not {name!r}{hint}")
+    if role not in ("teacher", "student"):
+        raise ValueError(f"role must be 'teacher' or 'student', not {role!r}")
+    if root is None and name != "DIGITS":
+        raise DataError(f"{name} is read from disk: say where it lies with --data_path.")
+    folder = None if root is None else Path(root).expanduser()
+    return _LOADERS[name](name, folder, role=role, time_steps=time_steps, auto_aug=auto_aug, cutout=cutout)

@@ -1,0 +1,148 @@
+"""The published augmentation of each dataset.
+
+Every random number comes from torch's global generator, which a DataLoader seeds anew in each worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+Transform = Callable[..., Tensor]
+
+
+class _Images(NamedTuple):
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    policy: v2.AutoAugmentPolicy
+    hole: int  # side of the cutout hole, pixels
+    crop: Callable[[], list]  # training geometry, made anew for each call of image_transforms
+    val: Callable[[], list]
+
+
+def _crop_padded() -> list:
+    return [v2.RandomCrop(32, padding=4)]
+
+
+_CIFAR10 = v2.AutoAugmentPolicy.CIFAR10
+_IMAGENET = v2.AutoAugmentPolicy.IMAGENET
+_IMAGES = {
+    "CIFAR10": _Images((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), _CIFAR10, 16, _crop_padded, list),
+    "CIFAR100": _Images((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), _CIFAR10, 16, _crop_padded, list),
+    "imagenet": _Images(
+        (0.485, 0.456, 0.406),
+        (0.229, 0.224, 0.225),
+        _IMAGENET,
+        112,
+        lambda: [v2.RandomResizedCrop(224)],
+        lambda: [v2.Resize(256), v2.CenterCrop(224)],
+    ),
+}
+
+
+class Cutout:
+    """Fill one square hole with zeros (DeVries and Taylor, arXiv 1708.04552).
+
+    The hole's centre is uniform over the pixels, so near the border part of the hole lies outside; torchvision's
+    RandomErasing keeps it inside. All leading axes (channels, time steps) get the same hole.
+
+    Args:
+        side: side of the hole, in pixels.
+    """
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Image [...,H,W] → a copy with the hole."""
+        height, width = image.shape[-2:]
+        top = int(torch.randint(height, ())) - self.side // 2
+        left = int(torch.randint(width, ())) - self.side // 2
+        image = image.clone()
+        image[..., max(top, 0) : top + self.side, max(left, 0) : left + self.side] = 0
+        return image
+
+    def __repr__(self) -> str:
+        return f"Cutout({self.side})"
+
+
+class Roll:
+    """Shift cyclically by up to `reach` pixels in each axis, the same for all leading axes.
+
+    Args:
+        reach: the largest shift, in pixels; each whole number of −reach … reach is as likely.
+    """
+
+    def __init__(self, reach: int) -> None:
+        self.reach = reach
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Image [...,H,W] → its shifted copy."""
+        down, right = torch.randint(-self.reach, self.reach + 1, (2,)).tolist()
+        return torch.roll(image, (down, right), dims=(-2, -1))
+
+    def __repr__(self) -> str:
+        return f"Roll({self.reach})"
+
+
+def image_transforms(
+    name: str, *, role: str, auto_aug: bool | None = None, cutout: bool | None = None
+) -> tuple[Transform, Transform]:
+    """Transforms of the training and the held-out part: PIL RGB image → float32 [3,H,W].
+
+    AutoAugment runs on the PIL image, on which its policies were found (arXiv 1805.09501).
+
+    Args:
+        name: "CIFAR10", "CIFAR100" or "imagenet".
+        role: "teacher" (crop and flip) or "student" (also AutoAugment and cutout).
+        auto_aug: overrides the role's choice unless None.
+        cutout: overrides the role's choice unless None.
+    """
+    images = _IMAGES[name]
+    student = role == "student"
+    normalise = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(images.mean, images.std)]
+    train = [*images.crop(), v2.RandomHorizontalFlip()]
+    if student if auto_aug is None else auto_aug:
+        train.append(v2.AutoAugment(images.policy))
+    train += normalise
+    if student if cutout is None else cutout:
+        train.append(Cutout(images.hole))
+    return v2.Compose(train), v2.Compose([*images.val(), *normalise])
+
+
+def event_transform(*, flip: bool, auto_aug: bool | None = None, cutout: bool | None = None) -> Transform | None:
+    """Transform of the training part of event data, frames float32 [T,C,H,W] → the same shape, or None for none.
+
+    A horizontal flip with probability one half, then one of: roll by up to 5 pixels, rotation by up to 30 degrees,
+    cutout 16. All T frames of a sample are changed alike.
+
+    Args:
+        flip: whether a mirrored sample still belongs to its class.
+        auto_aug: False leaves all of it out.
+        cutout: False takes cutout out of the choice; True keeps it, alone if auto_aug is False.
+    """
+    if auto_aug is False:
+        return Cutout(16) if cutout else None
+    choice: Sequence = [Roll(5), v2.RandomRotation(30)]
+    if cutout is not False:
+        choice = [*choice, Cutout(16)]
+    return v2.Compose([*([v2.RandomHorizontalFlip()] if flip else []), v2.RandomChoice(choice)])
+
+
+def digit_transforms(mean: float, std: float, *, cutout: bool | None = None) -> tuple[Transform, Transform]:
+    """Transforms of the training and the held-out part of DIGITS: float32 [1,8,8] → the same shape.
+
+    Crop only, as a mirrored digit is another sign; cutout has a hole of 2 pixels.
+
+    Args:
+        mean: mean grey level, subtracted.
+        std: standard deviation of the grey levels, divided by.
+        cutout: True switches cutout on.
+    """
+    normalise = v2.Normalize([mean], [std])
+    train = [v2.RandomCrop(8, padding=1), normalise, *([Cutout(2)] if cutout else [])]
+    return v2.Compose(train), normalise

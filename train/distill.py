@@ -1,0 +1,67 @@
+"""Distil a spiking student: `seal-fast-distill --dataset CIFAR10 --data_path D --tea_path P`.
+
+Also runs as `python train/distill.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from seal_fast.models import student
+from seal_fast.train.checkpoint import load_teacher
+from seal_fast.train.options import distill_parser
+from seal_fast.train.run import Run, command, prepare, splits_of, train
+from seal_fast.train.tasks import DistillTask, tau_of
+from seal_fast.train.teacher import stem_of
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Train the student that the options describe.
+
+    Returns:
+        Of the best epoch: accuracy, accuracy at t = 1…T and firing rates; and the run's folder.
+    """
+    args = prepare(args, "student")
+    splits = splits_of(args, "student")
+    teacher = None
+    if args.method != "ce":
+        teacher = load_teacher(
+            Path(args.tea_path),
+            args.tea_arch,
+            num_classes=splits.num_classes,
+            in_channels=splits.in_channels,
+            stem=stem_of(args.dataset, args.tea_arch),
+        ).to(args.device)
+    network = student(
+        args.stu_arch,
+        num_classes=splits.num_classes,
+        in_channels=splits.in_channels,
+        time_steps=args.T,
+        tau=tau_of(args.decay),
+        v_threshold=args.thresh,
+        v_reset=args.v_reset,
+        detach_reset=args.detach_reset,
+        backend=args.backend,
+    )
+    task = DistillTask(
+        network,
+        teacher,
+        method=args.method,
+        alpha=args.alpha,
+        beta=args.beta,
+        temperature=args.temperature,
+        backend=args.backend,
+    )
+    folder = Run(args, f"distill-{args.dataset}-{args.stu_arch}-{args.method}")
+    return train(args, task, splits, folder, spiking=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `seal-fast-distill`; returns the exit code."""
+    return command(distill_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

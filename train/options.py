@@ -1,0 +1,239 @@
+"""Command-line options: the published names, the published defaults of each dataset's family, and their checks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from seal_fast.backends import BACKENDS
+from seal_fast.backends import resolve as resolve_backend
+from seal_fast.models import STUDENTS, TEACHERS
+from seal_fast.train import data
+
+METHODS = ("seal", "ela", "sta", "kd", "tdkd", "ce")
+OPTIMISERS = ("SGDM", "ADAM", "ADAMW")
+
+_SHARED = {"alpha": 0.6, "beta": 0.15, "wd": 5e-4, "lr": 0.1}
+_CIFAR = {
+    **_SHARED,
+    "num_epoch": 300,
+    "batch_size": 128,
+    "T": 4,
+    "decay": 0.5,
+    "student": "resnet18",
+    "teacher": "resnet34",
+}
+_DVS = {**_CIFAR, "batch_size": 32, "T": 10, "teacher": "resnet19"}
+_IMAGENET = {**_CIFAR, "num_epoch": 100, "batch_size": 512, "decay": 0.2, "student": "preact_resnet34"}
+_DIGITS = {**_CIFAR, "num_epoch": 4, "batch_size": 64, "teacher": "resnet18"}
+
+# dataset -> (defaults of a teacher's run, defaults of a student's run). The two made of digits are this project's own;
+# all others are those of the SeAl-KD paper (arXiv 2605.14252).
+DEFAULTS: dict[str, tuple[dict, dict]] = {
+    "CIFAR10": (_CIFAR, _CIFAR),
+    "CIFAR100": (_CIFAR, _CIFAR),
+    "CIFAR10_DVS_SJ": ({**_DVS, "lr": 0.2}, _DVS),
+    "imagenet": ({**_IMAGENET, "wd": 1e-4}, {**_IMAGENET, "lr": 0.2, "wd": 2e-5}),
+    "DIGITS": (_DIGITS, _DIGITS),
+    "DIGITS_DVS": ({**_DIGITS, "T": 4, "batch_size": 32}, {**_DIGITS, "T": 4, "batch_size": 32}),
+}
+
+
+class UsageError(ValueError):
+    """What is wrong with the command, in one sentence."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """Raise the one sentence; argparse would print the usage of forty options above it."""
+        raise UsageError(message)
+
+
+def teacher_parser() -> argparse.ArgumentParser:
+    """Options of `train/teacher.py`."""
+    parser = _Parser("seal-fast-teacher", description="Train an ANN teacher.", allow_abbrev=False)
+    _add_shared(parser)
+    parser.add_argument("--arch", choices=TEACHERS, help="teacher network (default: per dataset)")
+    parser.add_argument(
+        "--T", type=int, help="time steps of event data; the teacher sees their mean (default: per dataset)"
+    )
+    return parser
+
+
+def distill_parser() -> argparse.ArgumentParser:
+    """Options of `train/distill.py`."""
+    parser = _Parser("seal-fast-distill", description="Distil a spiking student.", allow_abbrev=False)
+    _add_shared(parser)
+    student = parser.add_argument_group("student")
+    student.add_argument("--stu_arch", choices=STUDENTS, help="student network (default: per dataset)")
+    student.add_argument("--T", type=int, help="time steps (default: per dataset)")
+    student.add_argument("--decay", type=float, help="membrane decay 1 - 1/tau, in [0, 1) (default: per dataset)")
+    student.add_argument("--thresh", type=float, default=1.0, help="firing threshold (default: %(default)s)")
+    student.add_argument(
+        "--v_reset", default="0", help="potential after a spike, or 'none' for soft reset (default: 0)"
+    )
+    _add_switch(student, "--detach_reset", False, "let no gradient pass through the reset")
+    student.add_argument(
+        "--step_mode",
+        choices=("m", "s"),
+        default="m",
+        help="accepted; both run all time steps at once, with equal numbers",
+    )
+    student.add_argument(
+        "--backend",
+        choices=("auto", *BACKENDS),
+        default="auto",
+        help="kernels of neurons and loss (default: %(default)s)",
+    )
+    loss = parser.add_argument_group("distillation")
+    loss.add_argument(
+        "--method", choices=METHODS, default="seal", help="objective; ce uses no teacher (default: %(default)s)"
+    )
+    loss.add_argument("--tea_arch", choices=TEACHERS, help="teacher network (default: per dataset)")
+    loss.add_argument("--tea_path", help="teacher checkpoint, or the folder of its run")
+    loss.add_argument("--alpha", type=float, help="weight of the teacher's term (default: 0.6)")
+    loss.add_argument("--beta", type=float, help="weight of the temporal term (default: 0.15)")
+    loss.add_argument(
+        "--temperature", type=float, default=3.0, help="of both softened distributions (default: %(default)s)"
+    )
+    return parser
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=42, help="of all random numbers (default: %(default)s)")
+    parser.add_argument("--dataset", required=True, help=", ".join(data.DATASETS))
+    parser.add_argument("--data_path", help="folder of the dataset; DIGITS needs none")
+    parser.add_argument(
+        "--log_path", default="runs", help="folder that gets the run's own folder (default: %(default)s)"
+    )
+    parser.add_argument("--run_name", help="name of the run's folder (default: what is trained, and the time)")
+    parser.add_argument(
+        "--resume", help="run folder or checkpoint to go on from, or 'auto' for the newest run of this kind"
+    )
+    _add_switch(parser, "--auto_aug", None, "AutoAugment (default: as published for the dataset)")
+    _add_switch(parser, "--cutout", None, "cutout (default: as published for the dataset)")
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--optim", choices=OPTIMISERS, default="SGDM", help="(default: %(default)s)")
+    optimisation.add_argument("--scheduler", choices=("COSINE",), default="COSINE", help="(default: %(default)s)")
+    optimisation.add_argument("--train_batch_size", type=int, help="images a step (default: per dataset)")
+    optimisation.add_argument("--val_batch_size", type=int, help="(default: per dataset)")
+    optimisation.add_argument("--lr", type=float, help="learning rate (default: per dataset)")
+    optimisation.add_argument("--wd", type=float, help="weight decay (default: per dataset)")
+    optimisation.add_argument("--num_epoch", type=int, help="(default: per dataset)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--num_workers", type=int, help="processes that load data (default: up to 8; DIGITS 0)")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
+    machine.add_argument(
+        "--amp", choices=("off", "bf16", "fp16"), default="off", help="autocast (default: %(default)s)"
+    )
+
+
+def _add_switch(parser, flag: str, default: bool | None, text: str) -> None:
+    parser.add_argument(
+        flag, type=_boolean, nargs="?", const=True, default=default, help=f"{text}; '{flag} false' turns it off"
+    )
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def resolve(args: argparse.Namespace, *, role: str) -> argparse.Namespace:
+    """Fill in the defaults of the dataset's family and check every value.
+
+    Args:
+        args: Parsed options.
+        role: "teacher" or "student".
+
+    Raises:
+        UsageError: A value is out of range, or something that it names does not exist.
+    """
+    if args.dataset not in DEFAULTS:
+        raise UsageError(f"--dataset must be one of {', '.join(DEFAULTS)}; got {args.dataset!r}.")
+    defaults = DEFAULTS[args.dataset][role == "student"]
+    renamed = {"student": ("stu_arch",), "batch_size": ("train_batch_size", "val_batch_size")}
+    renamed["teacher"] = ("tea_arch",) if role == "student" else ("arch",)
+    for key, value in defaults.items():
+        for name in renamed.get(key, (key,)):
+            if getattr(args, name, value) is None:
+                setattr(args, name, value)
+    if args.num_workers is None:
+        args.num_workers = 0 if args.dataset == "DIGITS" else min(8, len(os.sched_getaffinity(0)))
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_shared(args)
+    if role == "student":
+        _check_student(args)
+    return args
+
+
+def _check_shared(args: argparse.Namespace) -> None:
+    _at_least("--T", args.T, 1)
+    _at_least("--num_epoch", args.num_epoch, 1)
+    _at_least("--val_batch_size", args.val_batch_size, 1)
+    _at_least("--num_workers", args.num_workers, 0)
+    _at_least("--seed", args.seed, 0)
+    if args.train_batch_size < 2:
+        raise UsageError(
+            "--train_batch_size must be at least 2, because batch norm estimates a variance over the batch; "
+            f"got {args.train_batch_size}."
+        )
+    if not args.lr > 0:
+        raise UsageError(f"--lr must be above 0; got {args.lr}.")
+    _at_least("--wd", args.wd, 0)
+    try:
+        torch.empty(0, device=args.device)
+    except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError here
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--device {args.device!r} cannot be used: {reason}") from error
+
+
+def _check_student(args: argparse.Namespace) -> None:
+    if not 0 <= args.decay < 1:
+        raise UsageError(f"--decay must be at least 0 and below 1; got {args.decay}.")
+    if str(args.v_reset).lower() == "none":
+        args.v_reset = None
+    else:
+        try:
+            args.v_reset = float(args.v_reset)
+        except ValueError:
+            raise UsageError(f"--v_reset must be a number, or none for soft reset; got {args.v_reset!r}.") from None
+    try:
+        kernels_of(args)
+    except ValueError as error:
+        raise UsageError(f"--backend: {error}") from error
+    _at_least("--alpha", args.alpha, 0)
+    _at_least("--beta", args.beta, 0)
+    if not args.temperature > 0:
+        raise UsageError(f"--temperature must be above 0; got {args.temperature}.")
+    if args.method == "ce":
+        return
+    if args.tea_path is None:
+        raise UsageError(
+            f"--tea_path is needed: --method {args.method} learns from a teacher (train one with teacher.py)."
+        )
+    path = Path(args.tea_path)
+    if path.is_dir():
+        path = path / "best.pt"
+    if not path.is_file():
+        raise UsageError(f"--tea_path: there is no teacher checkpoint at {path}.")
+    args.tea_path = str(path)
+
+
+def kernels_of(args: argparse.Namespace) -> dict[str, str]:
+    """Operator -> backend of the kernels that a student's run uses.
+
+    Raises:
+        ValueError: The backend that the options name cannot run one of them.
+    """
+    return {operator: resolve_backend(args.backend, operator) for operator in ("lif", "bn_lif", "seal_loss")}
+
+
+def _at_least(flag: str, value: float, bound: float) -> None:
+    if not value >= bound:
+        raise UsageError(f"{flag} must be at least {bound}; got {value}.")

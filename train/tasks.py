@@ -1,0 +1,102 @@
+"""What is trained: a task takes a batch and returns its losses by name, and logits [T, B, K]."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from seal_fast import seal_loss
+
+# objective -> names of the terms that alpha and beta weigh
+TERMS = {"seal": ("ela", "sta"), "kd": ("kd", "none"), "tdkd": ("kd", "kd_correct")}
+
+
+class Outcome(NamedTuple):
+    """The loss, its detached parts by name, and detached logits [T, B, K]."""
+
+    loss: torch.Tensor
+    parts: dict[str, torch.Tensor]
+    logits: torch.Tensor
+
+
+class TeacherTask:
+    """Cross-entropy of an ANN, which sees the mean over time of event data."""
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+
+    def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Images [B,C,H,W] or events [B,T,C,H,W] -> logits [1, B, K]."""
+        return self.network(as_image(inputs)).unsqueeze(0)
+
+    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> Outcome:  # noqa: D102
+        logits = self.predict(inputs)
+        loss = F.cross_entropy(logits[0].float(), labels)
+        return Outcome(loss, {"ce": loss.detach()}, logits.detach())
+
+
+class DistillTask:
+    """A spiking student, with the objective that `method` names.
+
+    Args:
+        network: The student.
+        teacher: The teacher in evaluation mode; None for "ce".
+        method: "seal"; its parts alone, "ela" or "sta"; "kd", "tdkd"; or "ce", labels only.
+        alpha: Weight of the teacher's term.
+        beta: Weight of the temporal term.
+        temperature: Of both softened distributions.
+        backend: Kernels of the loss.
+    """
+
+    def __init__(self, network, teacher, *, method, alpha, beta, temperature, backend):
+        self.network = network
+        self.teacher = teacher
+        self.options = {
+            "alpha": 0.0 if method in ("sta", "ce") else alpha,
+            "beta": 0.0 if method in ("ela", "kd", "ce") else beta,
+            "objective": method if method in ("kd", "tdkd") else "seal",
+            "temperature": temperature,
+            "backend": backend,
+        }
+
+    def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Images [B,C,H,W] or events [B,T,C,H,W] -> logits [T, B, K]."""
+        return self.network(inputs.transpose(0, 1) if inputs.dim() == 5 else inputs)
+
+    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> Outcome:  # noqa: D102
+        logits = self.predict(inputs)
+        if self.teacher is None:
+            reference = torch.zeros_like(logits[0])  # of no weight: alpha and beta are 0
+        else:
+            with torch.no_grad():
+                reference = self.teacher(as_image(inputs))
+        loss, ce, *terms = seal_loss(logits, reference, labels, **self.options)
+        weights = self.options["alpha"], self.options["beta"]
+        named = zip(TERMS[self.options["objective"]], terms, weights, strict=True)
+        parts = {"ce": ce, **{name: value for name, value, weight in named if weight > 0}}
+        return Outcome(loss, parts, logits.detach())
+
+
+def as_image(inputs: torch.Tensor) -> torch.Tensor:
+    """What a teacher sees: images as they are, events [B,T,C,H,W] as their mean over T."""
+    return inputs.mean(1) if inputs.dim() == 5 else inputs
+
+
+def tau_of(decay: float) -> float:
+    """τ = 1/(1 - decay), with 1 - decay rounded to float32 as the published neuron keeps it."""
+    return 1.0 / float(np.float32(1.0 - decay))
+
+
+def parameter_groups(network: nn.Module, weight_decay: float, *, spiking: bool) -> list[dict]:
+    """Parameters with their weight decay: in a student it acts on convolution and linear weights only."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    if not spiking:
+        return [{"params": parameters, "weight_decay": weight_decay}]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]

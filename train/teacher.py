@@ -1,0 +1,48 @@
+"""Train an ANN teacher: `seal-fast-teacher --dataset CIFAR10 --data_path D`.
+
+Also runs as `python train/teacher.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from seal_fast.models import teacher
+from seal_fast.train.options import teacher_parser
+from seal_fast.train.run import Run, command, prepare, splits_of, train
+from seal_fast.train.tasks import TeacherTask
+
+
+def stem_of(dataset: str, arch: str) -> str | None:
+    """The stem of a teacher for a dataset: ImageNet's at 224 pixels, whatever the number of classes."""
+    if arch == "resnet19":
+        return None
+    return "imagenet" if dataset == "imagenet" else "cifar"
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Train the teacher that the options describe.
+
+    Returns:
+        Accuracy of the best epoch, and the run's folder.
+    """
+    args = prepare(args, "teacher")
+    splits = splits_of(args, "teacher")
+    network = teacher(
+        args.arch,
+        num_classes=splits.num_classes,
+        in_channels=splits.in_channels,
+        stem=stem_of(args.dataset, args.arch),
+    )
+    folder = Run(args, f"teacher-{args.dataset}-{args.arch}")
+    return train(args, TeacherTask(network), splits, folder, spiking=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `seal-fast-teacher`; returns the exit code."""
+    return command(teacher_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
