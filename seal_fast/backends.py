@@ -54,7 +54,7 @@ def resolve(backend: str, operator: str) -> str:
         return able[0]
     if backend not in able:
         reason = _availability(operator, backend).reason
-        raise ValueError(f"backend {backend!r} cannot run {operator}: {reason}. Could run it: {', '.join(able)}.")
+        raise ValueError(f"backend {backend!r} cannot run {operator}, because {reason}; {' or '.join(able)} can.")
     return backend
 
 

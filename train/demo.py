@@ -16,11 +16,11 @@ STUDENTS = {"labels only": "ce", "uniform kd": "kd", "seal": "seal"}
 def run(args: argparse.Namespace) -> None:
     """Train one teacher and three students, and print the table."""
     shared = ["--dataset", "DIGITS", "--log_path", args.log_path, "--seed", str(args.seed)]
-    print("Training the teacher, an ordinary ResNet-18, on 1,437 handwritten digits.", flush=True)
+    print("Training the teacher, an ordinary ResNet-8, on 1,437 handwritten digits.", flush=True)
     taught = teacher.run(teacher_parser().parse_args(shared))
     rows = [("teacher", [taught["accuracy"]] * args.T, None)]
     for name, method in STUDENTS.items():
-        print(f"\nTraining a spiking ResNet-18 over {args.T} time steps: {name}.", flush=True)
+        print(f"\nTraining a spiking ResNet-8 over {args.T} time steps: {name}.", flush=True)
         options = [*shared, "--T", str(args.T), "--method", method, "--tea_path", str(taught["folder"])]
         result = distill.run(distill_parser().parse_args(options))
         rates = result["firing_rate"].values()

@@ -28,7 +28,7 @@ _CIFAR = {
 }
 _DVS = {**_CIFAR, "batch_size": 32, "T": 10, "teacher": "resnet19"}
 _IMAGENET = {**_CIFAR, "num_epoch": 100, "batch_size": 512, "decay": 0.2, "student": "preact_resnet34"}
-_DIGITS = {**_CIFAR, "num_epoch": 4, "batch_size": 64, "teacher": "resnet18"}
+_DIGITS = {**_CIFAR, "num_epoch": 10, "batch_size": 64, "student": "resnet8", "teacher": "resnet8"}
 
 # dataset -> (defaults of a teacher's run, defaults of a student's run). The two made of digits are this project's own;
 # all others are those of the SeAl-KD paper (arXiv 2605.14252).
@@ -38,7 +38,7 @@ DEFAULTS: dict[str, tuple[dict, dict]] = {
     "CIFAR10_DVS_SJ": ({**_DVS, "lr": 0.2}, _DVS),
     "imagenet": ({**_IMAGENET, "wd": 1e-4}, {**_IMAGENET, "lr": 0.2, "wd": 2e-5}),
     "DIGITS": (_DIGITS, _DIGITS),
-    "DIGITS_DVS": ({**_DIGITS, "T": 4, "batch_size": 32}, {**_DIGITS, "T": 4, "batch_size": 32}),
+    "DIGITS_DVS": (_DIGITS, _DIGITS),
 }
 
 

@@ -14,11 +14,9 @@ from seal_fast.train.run import Run, command, prepare, splits_of, train
 from seal_fast.train.tasks import TeacherTask
 
 
-def stem_of(dataset: str, arch: str) -> str | None:
+def stem_of(dataset: str, arch: str) -> str:
     """The stem of a teacher for a dataset: ImageNet's at 224 pixels, whatever the number of classes."""
-    if arch == "resnet19":
-        return None
-    return "imagenet" if dataset == "imagenet" else "cifar"
+    return "imagenet" if dataset == "imagenet" and arch not in ("resnet8", "resnet19") else "cifar"
 
 
 def run(args: argparse.Namespace) -> dict:

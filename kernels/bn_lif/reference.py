@@ -37,7 +37,7 @@ def batch_norm(y: torch.Tensor, bn: nn.Module, repeats: int = 1) -> torch.Tensor
     count = y.numel() // y.shape[1]
     variance = variance * ((count - 1) / count * (repeats * count) / (repeats * count - 1))
     bn.num_batches_tracked.add_(1)
-    momentum = 1.0 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
+    momentum = 1.0 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
     for running, observed in ((bn.running_mean, mean), (bn.running_var, variance)):
         running.mul_(1.0 - momentum).add_(observed * momentum)
     return out

@@ -54,7 +54,11 @@ def seal_loss(
     else:
         ela = mean(_divergence(q, z, temperature))
         sta = mean(_divergence(_correct_mean(z, y), z, temperature)) if objective == "tdkd" else torch.zeros_like(ce)
-    return ce + alpha * ela + beta * sta, ce.detach(), ela.detach(), sta.detach()
+    loss = ce
+    for weight, term in ((alpha, ela), (beta, sta)):
+        if weight != 0:  # 0 · inf would be NaN
+            loss = loss + weight * term
+    return loss, ce.detach(), ela.detach(), sta.detach()
 
 
 def selective_alignment_weights(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,8 +93,7 @@ def _divergence(target: torch.Tensor, z: torch.Tensor, temperature: float) -> to
     """κ²·KL(softmax(target/κ) ‖ softmax(z/κ)) over the last axis; a class of target probability 0 adds nothing."""
     log_target = torch.log_softmax(target / temperature, -1)
     log_z = torch.log_softmax(z / temperature, -1)
-    probability = log_target.exp()
-    terms = torch.where(probability > 0, probability * (log_target - log_z), 0.0)
+    terms = torch.where(log_target == -math.inf, 0.0, log_target.exp() * (log_target - log_z))
     return temperature * temperature * terms.sum(-1)
 
 

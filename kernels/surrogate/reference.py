@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -78,6 +79,7 @@ class Surrogate:
         alpha: Sharpness, positive. None takes the default of that name.
 
     Raises:
+        TypeError: alpha is not a number.
         ValueError: The name is unknown, or alpha is not a positive finite number.
     """
 
@@ -89,6 +91,8 @@ class Surrogate:
             raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}; got {self.name!r}.")
         if self.alpha is None:
             object.__setattr__(self, "alpha", SURROGATES[self.name][0])
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, Real):
+            raise TypeError(f"surrogate alpha must be a positive number; got {type(self.alpha).__name__}.")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"surrogate alpha must be a positive number; got {self.alpha!r}.")
 

@@ -56,7 +56,9 @@ class Bottleneck(nn.Module):
 
 
 # arch -> (block, blocks per stage, channels per stage, hidden units before the last linear layer)
+# All but resnet8, a small one for small images, are the published ones.
 _ARCHITECTURES = {
+    "resnet8": (BasicBlock, (1, 1, 1), (32, 64, 128), None),
     "resnet18": (BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), None),
     "resnet19": (BasicBlock, (3, 3, 2), (128, 256, 512), 256),
     "resnet34": (BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512), None),
@@ -104,10 +106,10 @@ def teacher(arch: str, *, num_classes: int, in_channels: int = 3, stem: str | No
     """A teacher network.
 
     Args:
-        arch: "resnet18", "resnet19", "resnet34" or "resnet50".
+        arch: "resnet18", "resnet19", "resnet34" or "resnet50"; or "resnet8", a small one for small images.
         num_classes: K.
         in_channels: C of the images.
-        stem: "imagenet", a 7×7 convolution with stride 2 and pooling (not for resnet19, which has none); "cifar", a 3×3
+        stem: "imagenet", a 7×7 convolution with stride 2 and pooling (resnet8 and resnet19 have none); "cifar", a 3×3
             convolution; None, as published: "imagenet" for 1,000 classes.
 
     Returns:
@@ -122,9 +124,9 @@ def teacher(arch: str, *, num_classes: int, in_channels: int = 3, stem: str | No
         raise ValueError(f"stem must be 'cifar', 'imagenet' or None; got {stem!r}.")
     require_integer("num_classes", num_classes, 2)
     require_integer("in_channels", in_channels, 1)
-    if arch == "resnet19":
+    if arch in ("resnet8", "resnet19"):
         if stem == "imagenet":
-            raise ValueError("resnet19 has no 'imagenet' stem; use 'cifar' or None.")
+            raise ValueError(f"{arch} has no 'imagenet' stem; use 'cifar' or None.")
         stem = "cifar"
     elif stem is None:
         stem = "imagenet" if num_classes == IMAGENET_CLASSES else "cifar"

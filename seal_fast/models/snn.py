@@ -200,7 +200,9 @@ class PreActResNet(Student):
         return self.fc(self.pooled(membrane_input)).unflatten(0, (T, -1))
 
 
+# All but resnet8, a small one for small images, are the published ones.
 _ARCHITECTURES = {
+    "resnet8": lambda **options: ResNet((1, 1, 1), (32, 64, 128), None, **options),
     "resnet18": lambda **options: ResNet((2, 2, 2, 2), (64, 128, 256, 512), None, **options),
     "resnet19": lambda **options: ResNet((3, 3, 2), (128, 256, 512), 256, **options),
     "preact_resnet34": lambda **options: PreActResNet((3, 4, 6, 3), (64, 128, 256, 512), **options),
@@ -223,7 +225,7 @@ def student(
     """A spiking student with the published neuron: input not divided by tau, sigmoid surrogate with α = 4.
 
     Args:
-        arch: "resnet18", "resnet19" or "preact_resnet34".
+        arch: "resnet18", "resnet19" or "preact_resnet34"; or "resnet8", a small one for small images.
         num_classes: K.
         in_channels: C of images or events.
         time_steps: T.

@@ -64,6 +64,10 @@ class LIFNode(nn.Module):
         spikes, self.v = ops.lif(steps, v_init=self.v, **self.options)
         return spikes if self.step_mode == "m" else spikes.squeeze(0)
 
+    def __getstate__(self) -> dict:
+        """Copies and pickles keep the potential, but not the graph that made it."""
+        return {**self.__dict__, "v": None if self.v is None else self.v.detach()}
+
     def reset(self) -> None:
         """Forget the membrane potential: the next call starts at rest."""
         self.v = None

@@ -7,7 +7,14 @@ from torch import nn
 
 from ..backends import resolve
 from ..kernels.bn_lif import reference
-from ._arguments import neuron_options, require_device, require_float_tensor, require_integer, shape
+from ._arguments import (
+    neuron_options,
+    require_device,
+    require_float_tensor,
+    require_integer,
+    require_per_channel,
+    shape,
+)
 
 _IMPLEMENTATIONS = {"torch": reference.bn_lif}
 _NEURON = ("tau", "decay_input", "v_threshold", "v_reset", "surrogate", "detach_reset")
@@ -55,6 +62,11 @@ def bn_lif(
     batch = y.shape[0] if static else y.shape[0] // time_steps
     if batch == 0 or (not static and y.shape[0] % time_steps):
         raise ValueError(f"y must have T·B rows with T = {time_steps} time steps; got {shape(y)}.")
+    for name in ("tau", "v_threshold"):
+        require_per_channel(name, getattr(lif, name), y.unsqueeze(0) if static else y.unflatten(0, (time_steps, -1)))
+    for tensor in (bn.weight, bn.running_mean):
+        if tensor is not None:
+            require_device("bn", tensor, "y", y)
     if residual is not None:
         require_float_tensor("residual", residual, "[T·B, C, ...]")
         require_device("residual", residual, "y", y)

@@ -1,0 +1,26 @@
+import re
+
+import pytest
+
+from seal_fast.train import demo
+
+
+def test_table_shows_accuracy_at_each_step_and_the_firing_rate():
+    shown = demo.table([("teacher", [0.99, 0.99], None), ("SNN, seal", [0.5, 0.975], 0.125)], 2)
+    header, teacher, student = shown.splitlines()
+    assert header.split()[-8:] == ["t", "=", "1", "t", "=", "2", "firing", "rate"]
+    assert teacher.split() == ["teacher", "99.00%", "99.00%", "-"]
+    assert student.split() == ["SNN,", "seal", "50.00%", "97.50%", "12.5%"]
+
+
+@pytest.mark.long
+def test_demo_reaches_its_accuracies(tmp_path, capsys):
+    assert demo.main(["--log_path", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    last = {
+        name: float(re.search(rf"^{name} .* ([\d.]+)% +(?:-|[\d.]+%)$", table, re.MULTILINE)[1])
+        for name in ("teacher", "SNN, labels only", "SNN, uniform kd", "SNN, seal")
+    }
+    assert last["teacher"] >= 97
+    assert last["SNN, seal"] >= 95
+    assert len(list(tmp_path.glob("*/spike_raster.png"))) == 3
