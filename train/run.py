@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
-from seal_fast import __version__, backends
+from seal_fast import __version__
 from seal_fast.train import checkpoint, data, plots
 from seal_fast.train.engine import TrainingError, evaluate, train_epoch
 from seal_fast.train.options import UsageError, kernels_of, resolve
@@ -97,8 +98,19 @@ class Run:
             raise UsageError(f"--log_path: cannot make the run's folder {self.folder}: {error.strerror}.") from error
         if self.resumed is None and (self.folder / "metrics.csv").exists():
             raise UsageError(f"--run_name: {self.folder} already holds a run; go on with --resume {self.folder}.")
+
+    def write_config(self, args: argparse.Namespace) -> None:
+        """Write config.json: the resolved options, versions, commit and machine."""
         config = {"options": vars(args), "environment": environment(args.device)}
         (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def forget_after(self, epoch: int) -> None:
+        """Drop rows of metrics.csv after `epoch`: an interrupted run may have logged an epoch that it did not save."""
+        path = self.folder / "metrics.csv"
+        if path.exists():
+            header, *rows = path.read_text(encoding="utf-8").splitlines()
+            kept = [row for row in rows if int(row.split(",")[0]) <= epoch]
+            path.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
 
     def log(self, row: dict[str, float], writer) -> None:
         """Add an epoch's row to metrics.csv and to TensorBoard."""
@@ -130,19 +142,33 @@ def _resume_from(resume: str | None, root: Path, title: str) -> Path | None:
 
 def environment(device: str) -> dict:
     """Versions, commit and machine, for config.json."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     return {
         "seal_fast": __version__,
-        "commit": git.stdout.strip() or None,
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "numpy": version("numpy"),
         "platform": platform.platform(),
         "device": gpu or platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "backends": {op: [name for name, can in by.items() if can.available] for op, by in backends().items()},
     }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file belongs to, marked -dirty where it was changed; None outside one."""
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=False)
+
+    try:
+        if git("ls-files", "--error-unmatch", Path(__file__).name).returncode != 0:
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").stdout.strip() or None
+    except OSError:  # no git here
+        return None
 
 
 def prepare(args: argparse.Namespace, role: str) -> argparse.Namespace:
@@ -174,6 +200,8 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
     state = {"net": task.network, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     first, best = _restore(run, state, args) if run.resumed else (1, None)
 
+    run.write_config(args)
+    run.forget_after(first - 1)
     _announce(args, splits, run, first)
     drawn = time.monotonic()
     with SummaryWriter(str(run.folder)) as writer:

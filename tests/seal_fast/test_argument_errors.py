@@ -138,7 +138,7 @@ LOSS = [
     ({"backend": "cupy"}, ValueError, r"backend 'cupy' cannot run seal_loss, because .+; torch can"),
 ]
 NETWORK = [
-    ({"arch": "vgg"}, ValueError, r"arch of a (student|teacher) must be one of resnet18, .*; got 'vgg'"),
+    ({"arch": "vgg"}, ValueError, r"arch of a (student|teacher) must be one of resnet8, resnet18, .*; got 'vgg'"),
     ({"num_classes": 1}, ValueError, r"num_classes must be an integer of at least 2; got 1"),
     ({"num_classes": 10.0}, TypeError, r"num_classes must be an integer of at least 2; got 10\.0"),
     ({"in_channels": 0}, ValueError, r"in_channels must be an integer of at least 1; got 0"),

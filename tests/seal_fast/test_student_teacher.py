@@ -74,7 +74,7 @@ def test_forward_hooks_see_the_spikes_of_every_neuron(network):
         neuron.register_forward_hook(keep(name))
     own(images(B=4, size=32))
     assert seen.keys() == neurons(own).keys()
-    assert len(seen) > 10
+    assert len(seen) >= 7  # resnet8, the smallest, has seven layers of neurons
     for name, spikes in seen.items():
         assert len(spikes) == 3 * 4, name
         assert set(spikes.unique().tolist()) <= {0.0, 1.0}, name

@@ -95,7 +95,7 @@ def assert_complete(folder: Path, *, spiking: bool):
         columns |= {"train_ela", "train_sta", *(f"val_accuracy_t{t}" for t in range(1, options["T"] + 1))}
         plots |= {"accuracy_at_t.png", "spike_raster.png"}
         rates = [float(value) for name, value in rows[-1].items() if name.startswith("firing_rate/")]
-        assert len(rates) > 10
+        assert len(rates) >= 7  # resnet8, the smallest, has seven layers of neurons
         assert all(0 <= rate < 1 for rate in rates)
         assert rows[-1]["val_accuracy"] == rows[-1][f"val_accuracy_t{options['T']}"]
     assert columns <= set(rows[0])
