@@ -26,7 +26,7 @@ lint: .venv/.test
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "seal-fast needs Python 3.10 or newer; name one with: make PYTHON=/path/to/python3"; exit 2; }
 	@echo "==> Making a virtual environment in .venv"
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "no virtual environment could be made; on Debian: apt install python3-venv"; exit 2; }
 
 .venv/.train: .venv/bin/python setup.py pyproject.toml
 	@echo "==> Installing seal-fast with what the trainers need (PyTorch is several GB the first time)"

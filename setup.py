@@ -4,9 +4,13 @@ The device code and the trainers live beside the library, not inside it, and are
 `seal_fast.train`: a top-level package called "kernels" would shadow the one that other libraries import.
 """
 
+import platform
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 version: dict[str, str] = {}
 exec(Path("seal_fast/version.py").read_text(encoding="utf-8"), version)
@@ -17,6 +21,52 @@ packages = ["seal_fast"] + [f"seal_fast.{path.parent.name}" for path in sorted(P
 for name, folder in ROOMS.items():
     packages.append(name)
     packages.extend(f"{name}.{path.parent.name}" for path in sorted(Path(folder).glob("*/__init__.py")))
+
+# Instruction sets of the CPU kernels and the flags that choose them; the best one is picked when the library is loaded.
+# kernels/launch/cpu.py has the names in the same order. The baseline stays first: the linker keeps the first copy of
+# code that several of them instantiate from the standard library.
+X86_64 = platform.machine().lower() in ("x86_64", "amd64")
+ISA = {"baseline": []}
+if X86_64 and sys.platform != "win32":
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    ISA |= {"avx2": ["-mavx2"], "avx512": avx512}
+# No fused multiply-adds: spikes equal the reference bit for bit.
+if sys.platform == "win32":
+    FLAGS, OPENMP = ["/std:c++17", "/O2", "/fp:precise"], ["/openmp:experimental"]
+else:
+    FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
+    FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    OPENMP = ["-fopenmp"]
+
+
+class BuildKernels(build_ext):
+    """Compiles each source once for each instruction set, and links all of it into one library."""
+
+    def build_extension(self, extension):
+        """Build the library that kernels/launch/cpu.py loads; it is no Python module."""
+        try:
+            self._build(extension, OPENMP)
+        except CompileError:  # as with Apple's compiler, which has no OpenMP: one thread then
+            self._build(extension, [])
+
+    def _build(self, extension, openmp):
+        objects = []
+        for isa, flags in ISA.items():
+            objects += self.compiler.compile(
+                extension.sources,
+                output_dir=f"{self.build_temp}/{isa}",
+                macros=[("SEAL_ISA", isa)],
+                extra_postargs=[*FLAGS, *openmp, *flags],
+                depends=extension.depends,
+            )
+        path = self.get_ext_fullpath(extension.name)
+        linked = [] if sys.platform == "win32" else openmp
+        self.compiler.link_shared_object(objects, path, extra_postargs=linked, target_lang="c++")
+
+    def get_export_symbols(self, extension):
+        """The kernels export themselves."""
+        return []
+
 
 TRAIN = [
     "numpy>=1.24",
@@ -37,6 +87,16 @@ setup(
     python_requires=">=3.10",
     packages=packages,
     package_dir=ROOMS,
+    package_data={"seal_fast.kernels": ["*/*.cpp", "*/*.h", "*/*.cuh"]},
+    ext_modules=[
+        Extension(
+            "seal_fast.kernels._cpu",
+            sorted(str(path) for path in Path("kernels").glob("*/cpu.cpp")),
+            depends=sorted(str(path) for pattern in ("*/*.h", "*/*.cuh") for path in Path("kernels").glob(pattern)),
+            optional=True,  # without a compiler the torch reference serves
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
     install_requires=["torch>=2.6"],
     extras_require={
         "train": TRAIN,

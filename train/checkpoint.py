@@ -33,9 +33,9 @@ def load(path: Path) -> dict:
     except pickle.UnpicklingError as error:
         reason = "it holds something other than tensors and plain values, or is no checkpoint"
         raise UsageError(f"checkpoint {path} is refused: {reason}.") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UsageError(f"checkpoint {path} cannot be read: {reason}.") from error
+    except Exception as error:  # torch.load raises whatever the bytes that it meets lead to
+        reason = f"{type(error).__name__} {error}".strip().splitlines()[0].rstrip(".")
+        raise UsageError(f"checkpoint {path} is truncated or no checkpoint ({reason}).") from error
     if not isinstance(content, dict):
         raise UsageError(f"checkpoint {path} must hold a dictionary; it holds {type(content).__name__}.")
     return content
@@ -61,17 +61,21 @@ def load_teacher(path: Path, arch: str, *, num_classes: int, in_channels: int, s
     """
     content = load(path)
     state = content.get("best_net", content)
+    if not (isinstance(state, dict) and all(_is_entry(name, value) for name, value in state.items())):
+        raise UsageError(f"checkpoint {path} holds no teacher: expected {{'best_net': state_dict}}.")
     # DataParallel puts every module under the name "module".
     state = {name.removeprefix("module."): value for name, value in state.items()}
     network = teacher(arch, num_classes=num_classes, in_channels=in_channels, stem=stem)
-    if not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UsageError(f"checkpoint {path} holds no teacher: expected {{'best_net': state_dict}}.")
     what = f"a {arch} with {num_classes} classes and {in_channels} input channels"
     others = [name for name in TEACHERS if name != arch and _fits(name, state, num_classes, in_channels)]
     if others:
         what += f" but a {others[0]} (pass --tea_arch {others[0]})"
     load_into(network, state, path, what)
     return network.eval().requires_grad_(False)
+
+
+def _is_entry(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, torch.Tensor)
 
 
 def _fits(arch: str, state: dict, num_classes: int, in_channels: int) -> bool:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from seal_fast.train import distill, teacher
-from seal_fast.train.options import distill_parser, teacher_parser
+from seal_fast.train.options import Parser, distill_parser, resolve, teacher_parser
 from seal_fast.train.run import command
 
 STUDENTS = {"labels only": "ce", "uniform kd": "kd", "seal": "seal"}
@@ -16,6 +16,10 @@ STUDENTS = {"labels only": "ce", "uniform kd": "kd", "seal": "seal"}
 def run(args: argparse.Namespace) -> None:
     """Train one teacher and three students, and print the table."""
     shared = ["--dataset", "DIGITS", "--log_path", args.log_path, "--seed", str(args.seed)]
+    if args.num_epoch is not None:
+        shared += ["--num_epoch", str(args.num_epoch)]
+    # Mistakes are found before the teacher is trained.
+    resolve(distill_parser().parse_args([*shared, "--T", str(args.T), "--method", "ce"]), role="student")
     print("Training the teacher, an ordinary ResNet-8, on 1,437 handwritten digits.", flush=True)
     taught = teacher.run(teacher_parser().parse_args(shared))
     rows = [("teacher", [taught["accuracy"]] * args.T, None)]
@@ -41,10 +45,11 @@ def table(rows: list[tuple[str, list[float], float | None]], time_steps: int) ->
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `seal-fast-demo`; returns the exit code."""
-    parser = argparse.ArgumentParser("seal-fast-demo", description=__doc__, allow_abbrev=False)
+    parser = Parser("seal-fast-demo", description=__doc__, allow_abbrev=False)
     parser.add_argument("--log_path", default="runs/demo", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
     parser.add_argument("--T", type=int, default=4, help="time steps (default: %(default)s)")
+    parser.add_argument("--num_epoch", type=int, help="epochs of each run (default: that of the trainers)")
     return command(parser, run, argv)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from seal_fast.models import student
 from seal_fast.train.checkpoint import load_teacher
-from seal_fast.train.options import distill_parser
+from seal_fast.train.options import distill_parser, kernels_of
 from seal_fast.train.run import Run, command, prepare, splits_of, train
 from seal_fast.train.tasks import DistillTask, tau_of
 from seal_fast.train.teacher import stem_of
@@ -25,15 +25,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     args = prepare(args, "student")
     splits = splits_of(args, "student")
-    teacher = None
-    if args.method != "ce":
-        teacher = load_teacher(
-            Path(args.tea_path),
-            args.tea_arch,
-            num_classes=splits.num_classes,
-            in_channels=splits.in_channels,
-            stem=stem_of(args.dataset, args.tea_arch),
-        ).to(args.device)
+    # Before the teacher, whose own initialisation would otherwise change the student that a seed stands for.
     network = student(
         args.stu_arch,
         num_classes=splits.num_classes,
@@ -45,6 +37,15 @@ def run(args: argparse.Namespace) -> dict:
         detach_reset=args.detach_reset,
         backend=args.backend,
     )
+    teacher = None
+    if args.method != "ce":
+        teacher = load_teacher(
+            Path(args.tea_path),
+            args.tea_arch,
+            num_classes=splits.num_classes,
+            in_channels=splits.in_channels,
+            stem=stem_of(args.dataset, args.tea_arch),
+        ).to(args.device)
     task = DistillTask(
         network,
         teacher,
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> dict:
         alpha=args.alpha,
         beta=args.beta,
         temperature=args.temperature,
-        backend=args.backend,
+        backend=kernels_of(args)["seal_loss"],
     )
     folder = Run(args, f"distill-{args.dataset}-{args.stu_arch}-{args.method}")
     return train(args, task, splits, folder, spiking=True)

@@ -36,7 +36,8 @@ class Meters:
         self.images += len(labels)
 
     def _add(self, name: str, value: torch.Tensor) -> None:
-        total = self.sums.setdefault(name, torch.zeros((), dtype=torch.float64, device=self.device))
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
+        total = self.sums.setdefault(name, torch.zeros((), dtype=dtype, device=self.device))
         total += value
 
     def read(self) -> dict[str, float]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 
 import torch
 
-from seal_fast.backends import BACKENDS
+from seal_fast.backends import BACKENDS, available
 from seal_fast.backends import resolve as resolve_backend
 from seal_fast.models import STUDENTS, TEACHERS
 from seal_fast.train import data
@@ -42,11 +43,30 @@ DEFAULTS: dict[str, tuple[dict, dict]] = {
 }
 
 
+# Options that may differ when a run is resumed: they say where and how fast it runs, not what it computes.
+FREE_ON_RESUME = frozenset(
+    [
+        "data_path",
+        "log_path",
+        "run_name",
+        "resume",
+        "num_workers",
+        "val_batch_size",
+        "device",
+        "tea_path",
+        "step_mode",
+        "backend",
+    ]
+)
+
+
 class UsageError(ValueError):
     """What is wrong with the command, in one sentence."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence."""
+
     def error(self, message: str):
         """Raise the one sentence; argparse would print the usage of forty options above it."""
         raise UsageError(message)
@@ -54,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
 
 def teacher_parser() -> argparse.ArgumentParser:
     """Options of `train/teacher.py`."""
-    parser = _Parser("seal-fast-teacher", description="Train an ANN teacher.", allow_abbrev=False)
+    parser = Parser("seal-fast-teacher", description="Train an ANN teacher.", allow_abbrev=False)
     _add_shared(parser)
     parser.add_argument("--arch", choices=TEACHERS, help="teacher network (default: per dataset)")
     parser.add_argument(
@@ -65,7 +85,7 @@ def teacher_parser() -> argparse.ArgumentParser:
 
 def distill_parser() -> argparse.ArgumentParser:
     """Options of `train/distill.py`."""
-    parser = _Parser("seal-fast-distill", description="Distil a spiking student.", allow_abbrev=False)
+    parser = Parser("seal-fast-distill", description="Distil a spiking student.", allow_abbrev=False)
     _add_shared(parser)
     student = parser.add_argument_group("student")
     student.add_argument("--stu_arch", choices=STUDENTS, help="student network (default: per dataset)")
@@ -86,7 +106,7 @@ def distill_parser() -> argparse.ArgumentParser:
         "--backend",
         choices=("auto", *BACKENDS),
         default="auto",
-        help="kernels of neurons and loss (default: %(default)s)",
+        help="kernels of the neurons, and of the loss where it has them (default: %(default)s)",
     )
     loss = parser.add_argument_group("distillation")
     loss.add_argument(
@@ -163,7 +183,7 @@ def resolve(args: argparse.Namespace, *, role: str) -> argparse.Namespace:
             if getattr(args, name, value) is None:
                 setattr(args, name, value)
     if args.num_workers is None:
-        args.num_workers = 0 if args.dataset == "DIGITS" else min(8, len(os.sched_getaffinity(0)))
+        args.num_workers = 0 if args.dataset == "DIGITS" else min(8, _processors())
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_shared(args)
@@ -172,22 +192,27 @@ def resolve(args: argparse.Namespace, *, role: str) -> argparse.Namespace:
     return args
 
 
+def _processors() -> int:
+    """Processors that this process may use; not every system can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _check_shared(args: argparse.Namespace) -> None:
-    _at_least("--T", args.T, 1)
-    _at_least("--num_epoch", args.num_epoch, 1)
-    _at_least("--val_batch_size", args.val_batch_size, 1)
-    _at_least("--num_workers", args.num_workers, 0)
-    _at_least("--seed", args.seed, 0)
+    _require("--T", args.T, at_least=1)
+    _require("--num_epoch", args.num_epoch, at_least=1)
+    _require("--val_batch_size", args.val_batch_size, at_least=1)
+    _require("--num_workers", args.num_workers, at_least=0)
+    _require("--lr", args.lr, above=0)
+    _require("--wd", args.wd, at_least=0)
+    if not 0 <= args.seed < 2**32:
+        raise UsageError(f"--seed must be at least 0 and below 2^32; got {args.seed}.")
     if args.train_batch_size < 2:
         raise UsageError(
             "--train_batch_size must be at least 2, because batch norm estimates a variance over the batch; "
             f"got {args.train_batch_size}."
         )
-    if not args.lr > 0:
-        raise UsageError(f"--lr must be above 0; got {args.lr}.")
-    _at_least("--wd", args.wd, 0)
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).cpu()
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError here
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"--device {args.device!r} cannot be used: {reason}") from error
@@ -203,14 +228,15 @@ def _check_student(args: argparse.Namespace) -> None:
             args.v_reset = float(args.v_reset)
         except ValueError:
             raise UsageError(f"--v_reset must be a number, or none for soft reset; got {args.v_reset!r}.") from None
+        _require("--v_reset", args.v_reset)
+    _require("--thresh", args.thresh)
+    _require("--alpha", args.alpha, at_least=0)
+    _require("--beta", args.beta, at_least=0)
+    _require("--temperature", args.temperature, above=0)
     try:
         kernels_of(args)
     except ValueError as error:
         raise UsageError(f"--backend: {error}") from error
-    _at_least("--alpha", args.alpha, 0)
-    _at_least("--beta", args.beta, 0)
-    if not args.temperature > 0:
-        raise UsageError(f"--temperature must be above 0; got {args.temperature}.")
     if args.method == "ce":
         return
     if args.tea_path is None:
@@ -226,14 +252,21 @@ def _check_student(args: argparse.Namespace) -> None:
 
 
 def kernels_of(args: argparse.Namespace) -> dict[str, str]:
-    """Operator -> backend of the kernels that a student's run uses.
+    """Operator -> backend of the kernels that a student's run uses; the loss has fewer backends than the neurons.
 
     Raises:
         ValueError: The backend that the options name cannot run one of them.
     """
-    return {operator: resolve_backend(args.backend, operator) for operator in ("lif", "bn_lif", "seal_loss")}
+    device = torch.device(args.device)
+    chosen = {operator: resolve_backend(args.backend, operator, device) for operator in ("lif", "bn_lif")}
+    loss = args.backend if args.backend in ("auto", *available("seal_loss")) else "auto"
+    return {**chosen, "seal_loss": resolve_backend(loss, "seal_loss", device)}
 
 
-def _at_least(flag: str, value: float, bound: float) -> None:
-    if not value >= bound:
-        raise UsageError(f"{flag} must be at least {bound}; got {value}.")
+def _require(flag: str, value: float, *, at_least: float | None = None, above: float | None = None) -> None:
+    if at_least is not None and not value >= at_least:
+        raise UsageError(f"{flag} must be at least {at_least}; got {value}.")
+    if above is not None and not value > above:
+        raise UsageError(f"{flag} must be above {above}; got {value}.")
+    if not math.isfinite(value):
+        raise UsageError(f"{flag} must be a finite number; got {value}.")

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 from seal_fast import __version__
 from seal_fast.train import checkpoint, data, plots
 from seal_fast.train.engine import TrainingError, evaluate, train_epoch
-from seal_fast.train.options import UsageError, kernels_of, resolve
-from seal_fast.train.tasks import parameter_groups
+from seal_fast.train.options import FREE_ON_RESUME, UsageError, kernels_of, resolve
+from seal_fast.train.tasks import TERMS, parameter_groups
 
+LOSSES = {"loss", "ce", *(term for terms in TERMS.values() for term in terms)}
 PLOT_EVERY = 60.0  # seconds, at the least, between two drawings of the plots
 
 
@@ -42,7 +43,7 @@ def command(
     except TrainingError as error:
         return _fail(parser.prog, str(error), 1)
     except KeyboardInterrupt:
-        return _fail(parser.prog, "interrupted; go on with --resume auto.", 130)
+        return _fail(parser.prog, "interrupted; the epochs that were finished are kept in the run's folder.", 130)
     return 0
 
 
@@ -67,7 +68,6 @@ def loaders_of(splits: data.Splits, args: argparse.Namespace) -> tuple[DataLoade
         raise UsageError(f"{splits.name} needs at least 2 training images; {args.data_path} holds {len(splits.train)}.")
     shared = {
         "num_workers": args.num_workers,
-        "persistent_workers": args.num_workers > 0,
         "pin_memory": torch.device(args.device).type == "cuda",
     }
     # Batch norm estimates no variance from one image, so a last batch of one is left out.
@@ -86,18 +86,19 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, title: str):
         root = Path(args.log_path)
-        self.resumed = _resume_from(args.resume, root, title)
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        named = root / args.run_name if args.run_name else None
+        self.resumed = _resume_from(args, named, title)
         if self.resumed is not None:
             self.folder = self.resumed.parent
         else:
-            self.folder = root / (args.run_name or f"{title}-{stamp}-{os.getpid()}")
+            self.folder = named or root / f"{title}-{stamp}-{os.getpid()}"
+            if (self.folder / "last.pt").exists():
+                raise UsageError(f"--run_name: {self.folder} already holds a run; go on with --resume {self.folder}.")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--log_path: cannot make the run's folder {self.folder}: {error.strerror}.") from error
-        if self.resumed is None and (self.folder / "metrics.csv").exists():
-            raise UsageError(f"--run_name: {self.folder} already holds a run; go on with --resume {self.folder}.")
 
     def write_config(self, args: argparse.Namespace) -> None:
         """Write config.json: the resolved options, versions, commit and machine."""
@@ -107,7 +108,9 @@ class Run:
     def forget_after(self, epoch: int) -> None:
         """Drop rows of metrics.csv after `epoch`: an interrupted run may have logged an epoch that it did not save."""
         path = self.folder / "metrics.csv"
-        if path.exists():
+        if epoch == 0:
+            path.unlink(missing_ok=True)
+        else:
             header, *rows = path.read_text(encoding="utf-8").splitlines()
             kept = [row for row in rows if int(row.split(",")[0]) <= epoch]
             path.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
@@ -126,18 +129,37 @@ class Run:
         writer.flush()
 
 
-def _resume_from(resume: str | None, root: Path, title: str) -> Path | None:
-    """The checkpoint that --resume names."""
-    if resume is None:
+def _resume_from(args: argparse.Namespace, named: Path | None, title: str) -> Path | None:
+    """The last.pt that --resume names; with "auto" that of the named run, or of the newest with the same options."""
+    if args.resume is None:
         return None
-    if resume == "auto":
-        found = sorted(root.glob(f"{title}-*/last.pt"), key=lambda path: path.stat().st_mtime)
-        return found[-1] if found else None
-    path = Path(resume)
+    if args.resume == "auto":
+        folders = [named] if named else Path(args.log_path).glob(f"{title}-*")
+        found = [folder / "last.pt" for folder in folders if (folder / "last.pt").is_file()]
+        if not named:
+            found = [path for path in found if not _difference(_options_of(path.parent), args)]
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    path = Path(args.resume)
     path = path / "last.pt" if path.is_dir() else path
     if not path.is_file():
         raise UsageError(f"--resume: there is no checkpoint at {path}.")
     return path
+
+
+def _options_of(folder: Path) -> dict:
+    """The options of a run's config.json; none of them where it cannot be read."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["options"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _difference(saved: dict, args: argparse.Namespace) -> str:
+    """The first option in which a saved run computes something else than `args`, in words; empty if there is none."""
+    for name, value in vars(args).items():
+        if name not in FREE_ON_RESUME and saved.get(name) != value:
+            return f"--{name} was {saved.get(name)} and is {value}"
+    return ""
 
 
 def environment(device: str) -> dict:
@@ -178,6 +200,14 @@ def prepare(args: argparse.Namespace, role: str) -> argparse.Namespace:
     return args
 
 
+def optimizer_of(network: torch.nn.Module, args: argparse.Namespace, *, spiking: bool) -> torch.optim.Optimizer:
+    """The optimiser that --optim, --lr and --wd describe."""
+    groups = parameter_groups(network, args.wd, spiking=spiking)
+    if args.optim == "SGDM":
+        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
+    return {"ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW}[args.optim](groups, lr=args.lr)
+
+
 def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spiking: bool) -> dict:
     """Train a task for all epochs, and leave the run's folder complete.
 
@@ -189,12 +219,7 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
     device = torch.device(args.device)
     task.network.to(device)
     train_loader, val_loader = loaders_of(splits, args)
-    groups = parameter_groups(task.network, args.wd, spiking=spiking)
-    optimizer = {
-        "SGDM": lambda: torch.optim.SGD(groups, lr=args.lr, momentum=0.9),
-        "ADAM": lambda: torch.optim.Adam(groups, lr=args.lr),
-        "ADAMW": lambda: torch.optim.AdamW(groups, lr=args.lr),
-    }[args.optim]()
+    optimizer = optimizer_of(task.network, args, spiking=spiking)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.num_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = {"net": task.network, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
@@ -204,8 +229,11 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
     run.forget_after(first - 1)
     _announce(args, splits, run, first)
     drawn = time.monotonic()
-    with SummaryWriter(str(run.folder)) as writer:
+    # TensorBoard forgets what an interrupted run logged of the epochs that come now.
+    with SummaryWriter(str(run.folder), purge_step=first) as writer:
         for epoch in range(first, args.num_epoch + 1):
+            # Each epoch's random numbers follow from its own seed, so that a resumed run draws the same ones.
+            torch.manual_seed(args.seed * 100_003 + epoch)
             learning_rate = scheduler.get_last_lr()[0]
             trained = train_epoch(
                 task,
@@ -226,11 +254,8 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
                 best = {"epoch": epoch, **{name: result[name] for name in ("accuracy", "accuracy_at", "firing_rate")}}
                 content = {"best_net": task.network.state_dict(), "options": vars(args), **best}
                 checkpoint.save(content, run.folder / "best.pt")
-            random_state = {"cpu": torch.get_rng_state()}
-            if device.type == "cuda":
-                random_state["cuda"] = torch.cuda.get_rng_state(device)
             content = {name: part.state_dict() for name, part in state.items()}
-            content |= {"epoch": epoch, "best": best, "random_state": random_state, "options": vars(args)}
+            content |= {"epoch": epoch, "best": best, "options": vars(args)}
             checkpoint.save(content, run.folder / "last.pt")
             if epoch == args.num_epoch or time.monotonic() - drawn > PLOT_EVERY:
                 plots.plot_run(run.folder)
@@ -243,17 +268,17 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
 def _restore(run: Run, state: dict, args: argparse.Namespace) -> tuple[int, dict]:
     """Load last.pt into network, optimiser, scheduler and scaler; return the next epoch and the best result so far."""
     content = checkpoint.load(run.resumed)
-    missing = [name for name in (*state, "epoch", "best", "random_state") if name not in content]
+    missing = [name for name in (*state, "epoch", "best", "options") if name not in content]
     if missing:
         raise UsageError(f"checkpoint {run.resumed} is not the last.pt of a run: it holds no {missing[0]}.")
+    difference = _difference(content["options"], args)
+    if difference:
+        raise UsageError(f"--resume: {run.resumed} belongs to a run with other options: {difference}.")
+    if content["epoch"] >= args.num_epoch:
+        raise UsageError(f"--resume: the run in {run.folder} has already finished its {args.num_epoch} epochs.")
     checkpoint.load_into(state["net"], content["net"], run.resumed, "this run's network")
     for name in ("optimizer", "scheduler", "scaler"):
         state[name].load_state_dict(content[name])
-    torch.set_rng_state(content["random_state"]["cpu"])
-    if "cuda" in content["random_state"] and torch.device(args.device).type == "cuda":
-        torch.cuda.set_rng_state(content["random_state"]["cuda"], args.device)
-    if content["epoch"] >= args.num_epoch:
-        raise UsageError(f"--resume: the run in {run.folder} has already finished its {args.num_epoch} epochs.")
     return content["epoch"] + 1, content["best"]
 
 
@@ -280,9 +305,7 @@ def _row(epoch: int, learning_rate: float, trained: dict, result: dict) -> dict[
 
 
 def _line(epoch: int, epochs: int, trained: dict, result: dict) -> str:
-    losses = ", ".join(
-        f"{k} {v:.3f}" for k, v in trained.items() if k in ("loss", "ce", "ela", "sta", "kd", "kd_correct")
-    )
+    losses = ", ".join(f"{name} {value:.3f}" for name, value in trained.items() if name in LOSSES)
     return (
         f"epoch {epoch}/{epochs}: {losses}, train {trained['accuracy']:.2%}, val {result['accuracy']:.2%}, "
         f"{trained['images_per_second']:.0f} img/s, data wait {trained['data_wait']:.0%}, {trained['seconds']:.1f} s"

@@ -2,6 +2,8 @@
 
     m = batch_norm(y) + residual        spikes = lif(m viewed as [T, B, C, ...])
 
+The neuron itself is the operator `lif`, whatever its backend.
+
 Statistics run over all time steps of the batch. Where y is static (one frame for all T time steps), the operator
 computes them once; mean and biased variance are the same, and the running variance is corrected to the T-fold sample
 size.
@@ -12,8 +14,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from ..lif.reference import lif
 
 
 def batch_norm(y: torch.Tensor, bn: nn.Module, repeats: int = 1) -> torch.Tensor:
@@ -27,14 +27,15 @@ def batch_norm(y: torch.Tensor, bn: nn.Module, repeats: int = 1) -> torch.Tensor
     updates = bn.training and bn.track_running_stats
     if repeats == 1 or not updates:
         return bn(y)
-    if isinstance(bn, nn.SyncBatchNorm):
-        # The sample size lies on other ranks too, so let the module count.
+    bn._check_input_dim(y)
+    count = y.numel() // y.shape[1]
+    if isinstance(bn, nn.SyncBatchNorm) or count == 1:
+        # The sample size lies on other ranks too, or torch refuses it: let the module see every row.
         return bn(y.repeat(repeats, *[1] * (y.dim() - 1)))[: y.shape[0]]
 
     mean, variance = torch.zeros_like(bn.running_mean), torch.zeros_like(bn.running_var)
     out = F.batch_norm(y, mean, variance, bn.weight, bn.bias, training=True, momentum=1.0, eps=bn.eps)
     # torch's unbiased variance is var·n/(n-1) for n rows; the repeated sample has repeats·n.
-    count = y.numel() // y.shape[1]
     variance = variance * ((count - 1) / count * (repeats * count) / (repeats * count - 1))
     bn.num_batches_tracked.add_(1)
     momentum = 1.0 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
@@ -43,16 +44,15 @@ def batch_norm(y: torch.Tensor, bn: nn.Module, repeats: int = 1) -> torch.Tensor
     return out
 
 
-def bn_lif(
+def membrane_input(
     y: torch.Tensor,  # [T·B, C, ...], or [B, C, ...] where static
     bn: nn.Module,
     *,
     time_steps: int,
     residual: torch.Tensor | None,  # [T·B, C, ...], or [B, C, ...] for the same residual at each time step
     static: bool,
-    lif_options: dict,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return spikes [T·B, C, ...] and the membrane input m, which is [B, C, ...] where nothing in it varies in time."""
+    """Return m as the neuron's input [T, B, C, ...], and as rows: [B, C, ...] where nothing in it varies in time."""
     m = batch_norm(y, bn, repeats=time_steps if static else 1)
     if residual is not None:
         if residual.shape[0] == m.shape[0]:
@@ -60,8 +60,7 @@ def bn_lif(
         else:  # one of the two is the same at each time step
             m = (_over_time(m, time_steps, static) + _over_time(residual, time_steps, not static)).flatten(0, 1)
             static = False
-    spikes, _ = lif(_over_time(m, time_steps, static), v_init=None, **lif_options)
-    return spikes.flatten(0, 1), m
+    return _over_time(m, time_steps, static), m
 
 
 def _over_time(rows: torch.Tensor, time_steps: int, static: bool) -> torch.Tensor:

@@ -18,6 +18,7 @@ of the logits of the sample's correct time steps, zeros where none is correct.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -70,7 +71,7 @@ def selective_alignment_weights(logits: torch.Tensor) -> tuple[torch.Tensor, tor
 
     unit = z / z.norm(dim=-1, keepdim=True).clamp_min(_NORM_EPS)
     unit = unit.transpose(0, 1)  # [B, T, K]
-    with torch.autocast(z.device.type, enabled=False):
+    with _full_precision(z):
         similarity = unit @ unit.transpose(1, 2)
     scores = confidence.t().unsqueeze(1) * similarity  # scores[b, i, j] = c[j, b]·S[b, i, j]
     self_step = torch.eye(z.shape[0], dtype=torch.bool, device=z.device)
@@ -82,6 +83,12 @@ def selective_alignment_weights(logits: torch.Tensor) -> tuple[torch.Tensor, tor
 def _compute(logits: torch.Tensor) -> torch.Tensor:
     """16-bit logits in float32; float32 and float64 as they are."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _full_precision(z: torch.Tensor):
+    """Keeps autocast from lowering the precision of matrix products."""
+    kind = z.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -109,7 +116,7 @@ def _error_aware(z: torch.Tensor, q: torch.Tensor, y: torch.Tensor, temperature:
 
 def _temporal_target(z: torch.Tensor) -> torch.Tensor:
     weights, _ = selective_alignment_weights(z)
-    with torch.autocast(z.device.type, enabled=False):
+    with _full_precision(z):
         return (weights @ z.detach().transpose(0, 1)).transpose(0, 1)
 
 

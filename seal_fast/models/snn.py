@@ -94,7 +94,10 @@ class PreActBlock(nn.Module):
         time_steps: int,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         inner = self.conv2(self.lif1(self.conv1(spikes), self.bn1, time_steps=time_steps))
-        shortcut = membrane_input if self.downsample is None else self.downsample(membrane_input)
+        shortcut = membrane_input
+        if self.downsample is not None:
+            convolution, bn = self.downsample
+            shortcut = batch_norm(convolution(shortcut), bn, repeats=len(spikes) // len(shortcut))
         if self.lif2 is None:
             return None, self.bn2(inner) + shortcut
         return self.lif2(inner, self.bn2, time_steps=time_steps, residual=shortcut, return_membrane_input=True)

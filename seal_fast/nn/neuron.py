@@ -8,16 +8,16 @@ from torch import nn
 from .. import ops
 from ..backends import check_name
 from ..kernels.surrogate.reference import Surrogate
-from ..ops._arguments import neuron_options
+from ..ops._arguments import NEURON_OPTIONS, neuron_options
 
 
 class LIFNode(nn.Module):
     """Leaky integrate-and-fire neurons that keep their membrane potential between calls until `reset`.
 
     Args:
-        tau: Membrane time constant in time steps, at least 1.
+        tau: Membrane time constant in time steps, at least 1; a float, or a tensor as in the operator `lif`.
         decay_input: Whether the input is divided by tau as well.
-        v_threshold: Firing threshold.
+        v_threshold: Firing threshold; a float or a tensor.
         v_reset: Potential after a spike; None for soft reset.
         surrogate: Name of the surrogate gradient, or a `Surrogate`.
         detach_reset: Whether the reset passes no gradient to the spike.
@@ -33,9 +33,9 @@ class LIFNode(nn.Module):
 
     def __init__(
         self,
-        tau: float = 2.0,
+        tau: float | torch.Tensor = 2.0,
         decay_input: bool = True,
-        v_threshold: float = 1.0,
+        v_threshold: float | torch.Tensor = 1.0,
         v_reset: float | None = 0.0,
         surrogate: str | Surrogate = "sigmoid",
         detach_reset: bool = False,
@@ -55,8 +55,7 @@ class LIFNode(nn.Module):
     @property
     def options(self) -> dict:
         """The neuron's options as keyword arguments of the operator `lif`."""
-        names = ("tau", "decay_input", "v_threshold", "v_reset", "surrogate", "detach_reset", "backend")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*NEURON_OPTIONS, "backend")}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Spikes for x: [T, ...] where step_mode is "m", one time step [...] where it is "s"."""
@@ -67,6 +66,18 @@ class LIFNode(nn.Module):
     def __getstate__(self) -> dict:
         """Copies and pickles keep the potential, but not the graph that made it."""
         return {**self.__dict__, "v": None if self.v is None else self.v.detach()}
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves and casts of the module take the potential along."""
+        super()._apply(fn, recurse)
+        if self.v is not None:
+            self.v = fn(self.v)
+        return self
+
+    def detach(self) -> None:
+        """Keep the potential, but cut its graph: for backpropagation through time in parts."""
+        if self.v is not None:
+            self.v = self.v.detach()
 
     def reset(self) -> None:
         """Forget the membrane potential: the next call starts at rest."""

@@ -12,6 +12,8 @@ import torch
 
 from ..kernels.surrogate.reference import Surrogate
 
+# Options that describe a neuron: arguments of `lif` and attributes of LIFNode.
+NEURON_OPTIONS = ("tau", "decay_input", "v_threshold", "v_reset", "surrogate", "detach_reset")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

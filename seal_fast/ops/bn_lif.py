@@ -8,16 +8,14 @@ from torch import nn
 from ..backends import resolve
 from ..kernels.bn_lif import reference
 from ._arguments import (
-    neuron_options,
+    NEURON_OPTIONS,
     require_device,
     require_float_tensor,
     require_integer,
     require_per_channel,
     shape,
 )
-
-_IMPLEMENTATIONS = {"torch": reference.bn_lif}
-_NEURON = ("tau", "decay_input", "v_threshold", "v_reset", "surrogate", "detach_reset")
+from .lif import lif as lif_operator
 
 
 def bn_lif(
@@ -35,7 +33,7 @@ def bn_lif(
     Args:
         y: Convolution output [T·B, C, ...], T outermost; with `static`, [B, C, ...], the same at each time step.
         bn: nn.BatchNorm1d, 2d, 3d or nn.SyncBatchNorm. In training mode its running statistics are updated as if it had
-            seen all T·B rows, also where y is static.
+            seen all T·B rows, also where y is static (where its forward hooks are not called).
         lif: A LIFNode, whose options (tau, v_threshold, …) and backend are used, and whose state is not.
         time_steps: T.
         residual: Added after batch norm; [T·B, C, ...], or [B, C, ...] for one that is the same at each time step.
@@ -53,7 +51,7 @@ def bn_lif(
     require_float_tensor("y", y, "[T·B, C, ...]")
     if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
         raise TypeError(f"bn must be a BatchNorm or SyncBatchNorm module; got {type(bn).__name__}.")
-    missing = [name for name in (*_NEURON, "backend") if not hasattr(lif, name)]
+    missing = [name for name in (*NEURON_OPTIONS, "backend") if not hasattr(lif, name)]
     if missing:
         raise TypeError(f"lif must be a LIFNode; got {type(lif).__name__}, which has no {missing[0]}.")
     require_integer("time_steps", time_steps, 1)
@@ -67,18 +65,16 @@ def bn_lif(
     for tensor in (bn.weight, bn.running_mean):
         if tensor is not None:
             require_device("bn", tensor, "y", y)
+            if y.dtype != tensor.dtype and not (y.dtype.itemsize == 2 and tensor.dtype == torch.float32):
+                raise TypeError(f"bn must be of y's dtype, {y.dtype}, or float32 for 16-bit y; got {tensor.dtype}.")
     if residual is not None:
         require_float_tensor("residual", residual, "[T·B, C, ...]")
         require_device("residual", residual, "y", y)
         if residual.shape[1:] != y.shape[1:] or residual.shape[0] not in (batch, time_steps * batch):
             rows = f"[{time_steps * batch} or {batch}, {', '.join(map(str, y.shape[1:]))}]"
             raise ValueError(f"residual must be {rows} for y {shape(y)}; got {shape(residual)}.")
-    spikes, membrane_input = _IMPLEMENTATIONS[resolve(lif.backend, "bn_lif")](
-        y,
-        bn,
-        time_steps=time_steps,
-        residual=residual,
-        static=static,
-        lif_options=neuron_options(*(getattr(lif, name) for name in _NEURON)),
-    )
+    resolve(lif.backend, "bn_lif", y.device)
+    steps, membrane_input = reference.membrane_input(y, bn, time_steps=time_steps, residual=residual, static=static)
+    options = {name: getattr(lif, name) for name in (*NEURON_OPTIONS, "backend")}
+    spikes = lif_operator(steps, **options)[0].flatten(0, 1)
     return (spikes, membrane_input) if return_membrane_input else spikes

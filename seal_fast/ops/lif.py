@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..backends import resolve
-from ..kernels.lif import reference
+from ..kernels.launch.layout import as_rows, empty_rows
+from ..kernels.lif import cpu, reference
+from ..kernels.lif.options import Options
 from ..kernels.surrogate.reference import Surrogate
 from ._arguments import neuron_options, require_device, require_float_tensor, require_per_channel, shape
 
-_IMPLEMENTATIONS = {"torch": reference.lif}
+_KERNELS = {"cpu": cpu}
 
 
 def lif(
-    x: torch.Tensor,
+    x: Tensor,
     *,
-    tau: float | torch.Tensor = 2.0,
+    tau: float | Tensor = 2.0,
     decay_input: bool = True,
-    v_threshold: float | torch.Tensor = 1.0,
+    v_threshold: float | Tensor = 1.0,
     v_reset: float | None = 0.0,
     surrogate: str | Surrogate = "sigmoid",
     detach_reset: bool = False,
-    v_init: torch.Tensor | None = None,
+    v_init: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Run LIF neurons over all T time steps.
 
     Charge is h = v + (x - (v - v_reset))/tau, or h = v - (v - v_reset)/tau + x without `decay_input`; a spike fires
-    where h >= v_threshold; then v is set to v_reset, or lowered by v_threshold where v_reset is None (soft reset).
-    The derivative of the spike is the surrogate's.
+    where h >= v_threshold; then v is set to v_reset, or lowered by v_threshold where v_reset is None (soft reset). The
+    derivative of the spike is the surrogate's.
 
     Args:
         x: Input current [T, ...], in any strides; float16, bfloat16, float32 or float64.
@@ -40,7 +43,7 @@ def lif(
         surrogate: Name of the surrogate gradient, or a `Surrogate` with its own alpha.
         detach_reset: Whether the reset passes no gradient to the spike.
         v_init: Membrane potential before the first step, shape of x[0]. None: v_reset, or 0 with soft reset.
-        backend: "auto", "triton", "cupy", "cpu" or "torch".
+        backend: "auto", "triton", "cupy", "cpu" or "torch". Only "torch" can be differentiated twice.
 
     Returns:
         spikes: 0 or 1, with the shape, dtype and strides of x.
@@ -61,4 +64,140 @@ def lif(
         require_device("v_init", v_init, "x", x)
         if v_init.shape != x.shape[1:]:
             raise ValueError(f"v_init must have the shape of x[0], {list(x.shape[1:])}; got {shape(v_init)}.")
-    return _IMPLEMENTATIONS[resolve(backend, "lif")](x, v_init=v_init, **options)
+    chosen = resolve(backend, "lif", x.device)
+    if chosen == "torch":
+        return reference.lif(x, v_init=v_init, **options)
+    surrogate = options["surrogate"]
+    tau, tau_tensor = _number_and_tensor(tau)
+    threshold, threshold_tensor = _number_and_tensor(v_threshold)
+    return _lif(
+        x,
+        v_init,
+        tau_tensor,
+        threshold_tensor,
+        tau,
+        threshold,
+        decay_input,
+        options["v_reset"],
+        surrogate.name,
+        surrogate.alpha,
+        detach_reset,
+        chosen,
+    )
+
+
+def _number_and_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:
+    """A value for the operator, which takes numbers by value, so that no device copy is made of them."""
+    return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
+
+
+def _options(tau_tensor, threshold_tensor, tau, threshold, decay_input, v_reset, surrogate, alpha, detach_reset):
+    return Options(
+        tau=tau if tau_tensor is None else tau_tensor,
+        decay_input=decay_input,
+        v_threshold=threshold if threshold_tensor is None else threshold_tensor,
+        v_reset=v_reset,
+        surrogate=Surrogate(surrogate, alpha),
+        detach_reset=detach_reset,
+    )
+
+
+@torch.library.custom_op("seal_fast::lif", mutates_args=())
+def _lif(
+    x: Tensor,
+    v_init: Tensor | None,
+    tau_tensor: Tensor | None,
+    threshold_tensor: Tensor | None,
+    tau: float,
+    threshold: float,
+    decay_input: bool,
+    v_reset: float | None,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    options = _options(
+        tau_tensor, threshold_tensor, tau, threshold, decay_input, v_reset, surrogate, alpha, detach_reset
+    )
+    return _KERNELS[backend].forward(x, v_init, options)
+
+
+@_lif.register_fake
+def _(x, v_init, *options):
+    spikes = empty_rows(as_rows(x))
+    return spikes, torch.empty_like(spikes[0], dtype=reference.state_dtype(x.dtype))
+
+
+@torch.library.custom_op("seal_fast::lif_backward", mutates_args=())
+def _lif_backward(
+    grad_spikes: Tensor,
+    grad_v_last: Tensor | None,
+    x: Tensor,
+    v_init: Tensor | None,
+    tau_tensor: Tensor | None,
+    threshold_tensor: Tensor | None,
+    tau: float,
+    threshold: float,
+    decay_input: bool,
+    v_reset: float | None,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = _options(
+        tau_tensor, threshold_tensor, tau, threshold, decay_input, v_reset, surrogate, alpha, detach_reset
+    )
+    learned = tau_tensor is not None or threshold_tensor is not None
+    grads = _KERNELS[backend].backward(grad_spikes, grad_v_last, x, v_init, options, parameters=learned)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@_lif_backward.register_fake
+def _(grad_spikes, grad_v_last, x, v_init, tau_tensor, threshold_tensor, *options):
+    grad_x = empty_rows(as_rows(x))
+    state = torch.empty_like(grad_x[0], dtype=reference.state_dtype(x.dtype))
+    learned = tau_tensor is not None or threshold_tensor is not None
+    parts = [torch.empty_like(state) if learned else x.new_empty(0) for _ in range(2)]
+    return grad_x, state, *parts
+
+
+def _save(ctx, inputs, output):
+    x, v_init, tau_tensor, threshold_tensor, *ctx.options = inputs
+    ctx.save_for_backward(x, v_init, tau_tensor, threshold_tensor)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_spikes, grad_v_last):
+    x, v_init, tau_tensor, threshold_tensor = ctx.saved_tensors
+    if grad_spikes is None:
+        grad_spikes = torch.zeros_like(x)
+    grad_x, grad_v_init, grad_threshold, grad_inverse_tau = _lif_backward(
+        grad_spikes, grad_v_last, x, v_init, tau_tensor, threshold_tensor, *ctx.options
+    )
+    grad_tau = None
+    if tau_tensor is not None:
+        grad_tau = _summed_like(grad_inverse_tau, tau_tensor) / -(tau_tensor * tau_tensor)
+    return (
+        grad_x,
+        None if v_init is None else grad_v_init.to(v_init.dtype),
+        grad_tau,
+        None if threshold_tensor is None else _summed_like(grad_threshold, threshold_tensor),
+        *[None] * len(ctx.options),
+    )
+
+
+def _summed_like(parts: Tensor, parameter: Tensor) -> Tensor:
+    """Each neuron's part [B, C, ...] summed to the parameter's shape, a scalar or [C]."""
+    if parameter.dim() == 0 or parameter.shape[0] == 1:
+        return parts.sum().reshape(parameter.shape).to(parameter.dtype)
+    return parts.sum([axis for axis in range(parts.dim()) if axis != 1]).to(parameter.dtype)
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise NotImplementedError("lif can be differentiated twice only with backend='torch'.")
+
+
+_lif.register_autograd(_backward, setup_context=_save)
+_lif_backward.register_autograd(_refuse_second_derivative, setup_context=lambda ctx, inputs, output: None)

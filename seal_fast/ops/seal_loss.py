@@ -73,7 +73,7 @@ def seal_loss(
     require_number("temperature", temperature, above=0.0)
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}.")
-    parts = _LOSS[resolve(backend, "seal_loss")](
+    parts = _LOSS[resolve(backend, "seal_loss", logits.device)](
         logits, teacher_logits, labels, alpha=alpha, beta=beta, temperature=temperature, objective=objective
     )
     return LossParts(*parts)
@@ -88,8 +88,7 @@ def selective_alignment_weights(logits: torch.Tensor, *, backend: str = "auto") 
 
     Returns:
         weights: [B, T, T]; row i holds the weights of the other steps in the target of step i and sums to 1; the
-        diagonal
-            is 0. All 0 where T = 1.
+            diagonal is 0. All 0 where T = 1.
         confidence: [T, B]; 1 - entropy/ln K.
 
     Raises:
@@ -97,7 +96,7 @@ def selective_alignment_weights(logits: torch.Tensor, *, backend: str = "auto") 
         ValueError: logits has the wrong shape, or the named backend cannot run.
     """
     _require_logits(logits)
-    return _WEIGHTS[resolve(backend, "selective_alignment_weights")](logits)
+    return _WEIGHTS[resolve(backend, "selective_alignment_weights", logits.device)](logits)
 
 
 def _require_logits(logits: torch.Tensor) -> None:

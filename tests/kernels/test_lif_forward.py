@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from seal_fast import lif
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def naive_lif(x, *, tau, decay_input, v_threshold, v_reset, v_init):
     """Neuron by neuron, one float32 operation at a time; tau and v_threshold are numbers, or lists by channel."""

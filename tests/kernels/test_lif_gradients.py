@@ -7,6 +7,8 @@ import torch
 from seal_fast import lif
 from seal_fast.kernels.surrogate.reference import SURROGATES, Surrogate
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 TOLERANCE = 1e-12  # of the largest entry; measured 2e-15
 SMOOTH = ("sigmoid", "atan", "piecewise_exp", "soft_sign", "super_spike", "erf")
 
@@ -158,7 +160,7 @@ def test_gradient_of_one_frame_for_all_time_steps_is_summed_over_them():
 @pytest.mark.parametrize("surrogate", SMOOTH)
 def test_double_backward_runs_and_is_finite(surrogate, v_reset):
     x = torch.tensor(random_run()[0]).requires_grad_()
-    spikes, v_last = lif(x, v_reset=v_reset, surrogate=surrogate)
+    spikes, v_last = lif(x, v_reset=v_reset, surrogate=surrogate, backend="torch")
     (gradient,) = torch.autograd.grad(spikes.sum() + v_last.sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(gradient.square().sum(), x)
     assert second.isfinite().all()
@@ -168,7 +170,7 @@ def test_double_backward_runs_and_is_finite(surrogate, v_reset):
 @pytest.mark.parametrize("surrogate", SMOOTH)
 def test_double_backward_of_one_time_step_is_the_slope_of_the_surrogate(surrogate):
     x = torch.tensor(random_run()[0][:1]).requires_grad_()
-    spikes, _ = lif(x, decay_input=False, surrogate=surrogate)
+    spikes, _ = lif(x, decay_input=False, surrogate=surrogate, backend="torch")
     (gradient,) = torch.autograd.grad(spikes.sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(gradient.sum(), x)
     u, step = x.detach().numpy() - 1, 1e-6

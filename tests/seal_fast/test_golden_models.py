@@ -7,6 +7,8 @@ import torch
 import seal_fast
 from golden import CASES, STATE_DICTS, arrays, filled_student, filled_teacher, tensor
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 LOGITS = 1e-9  # measured 1e-14 for students, 5e-14 for teachers
 LOSS = 1e-9  # measured 7e-15
 GRADIENT_NORM = 1e-7  # relative; measured at most 3e-9
@@ -41,7 +43,7 @@ def one_step(request):
         }
     logits["train"] = student.train()(images)
     labels = tensor("nets", f"{case['k']}_y", torch.int64)
-    loss = seal_fast.seal_loss(logits["train"], logits["teacher"], labels, alpha=0.6, beta=0.15).loss
+    loss = seal_fast.seal_loss(logits["train"], logits["teacher"], labels, alpha=0.6, beta=0.15, backend="torch").loss
     loss.backward()
     return case, logits, loss.item(), student
 
@@ -91,7 +93,7 @@ def test_six_training_steps_follow_the_published_trajectory():
         labels = torch.tensor(random.randint(0, case["num_classes"], case["B"]))
         with torch.no_grad():
             teacher_logits = teacher(images)
-        parts = seal_fast.seal_loss(student(images), teacher_logits, labels, alpha=0.6, beta=0.15)
+        parts = seal_fast.seal_loss(student(images), teacher_logits, labels, alpha=0.6, beta=0.15, backend="torch")
         optimizer.zero_grad()
         parts.loss.backward()
         optimizer.step()

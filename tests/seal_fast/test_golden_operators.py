@@ -27,6 +27,7 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("case", CASES["lif"], ids=lambda case: f"case{case['i']}")
+@pytest.mark.usefixtures("each_backend")
 def test_lif_gives_the_published_spikes_membrane_and_gradient(case, precision):
     i, dtype, golden = case["i"], DTYPES[precision], arrays("lif")
     x = tensor("lif", f"{i}_x", dtype).requires_grad_()

@@ -9,6 +9,8 @@ import torch
 from seal_fast import lif
 from seal_fast.nn import LIFNode, Surrogate
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 OPTIONS = {
     "default": {},
     "published": {"decay_input": False},

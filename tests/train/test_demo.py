@@ -13,6 +13,19 @@ def test_table_shows_accuracy_at_each_step_and_the_firing_rate():
     assert student.split() == ["SNN,", "seal", "50.00%", "97.50%", "12.5%"]
 
 
+def test_demo_runs_from_teacher_to_table(tmp_path, capsys):
+    assert demo.main(["--log_path", str(tmp_path), "--num_epoch", "1", "--T", "2"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("teacher", "SNN, labels only", "SNN, uniform kd", "SNN, seal"):
+        assert re.search(rf"^{name} +[\d.]+% +[\d.]+% +(-|[\d.]+%)$", shown, re.MULTILINE), shown
+
+
+def test_demo_finds_mistakes_before_it_trains(tmp_path, capsys):
+    assert demo.main(["--log_path", str(tmp_path), "--T", "0"]) == 2
+    assert "--T must be at least 1" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.long
 def test_demo_reaches_its_accuracies(tmp_path, capsys):
     assert demo.main(["--log_path", str(tmp_path)]) == 0

@@ -1,12 +1,17 @@
 """The training loop: resuming, the loader's last batch, precision, and what is written."""
 
 import csv
+import json
+import math
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import makers
-from seal_fast.train import checkpoint, distill, engine, options, run
+from seal_fast.train import checkpoint, distill, options, run
 from seal_fast.train.options import UsageError
 
 
@@ -14,7 +19,7 @@ from seal_fast.train.options import UsageError
 def images(tmp_path_factory) -> str:
     """Options that train in two steps of eight and seven images."""
     root = makers.cifar10(tmp_path_factory.mktemp("cifar10"), per_batch=3)
-    return f"--dataset CIFAR10 --data_path {root} --train_batch_size 8 --num_workers 0 --device cpu"
+    return f"--dataset CIFAR10 --data_path {root} --train_batch_size 8 --num_workers 1 --device cpu"
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,71 @@ def test_resumed_run_ends_as_an_uninterrupted_one(finished, labels_only, tmp_pat
     timing = ("seconds", "images_per_second", "data_wait")
     for row, whole in zip(rows_of(folder), rows_of(finished), strict=True):
         assert {k: v for k, v in row.items() if k not in timing} == {k: v for k, v in whole.items() if k not in timing}
+
+
+def test_resume_with_other_options_is_refused_and_leaves_the_run_alone(finished, labels_only, capsys):
+    before = (finished / "config.json").read_bytes()
+    for option, sentence in (
+        ("--wd 0.1", "--wd was 0.0005 and is 0.1"),
+        ("--optim ADAM", "--optim was SGDM and is ADAM"),
+    ):
+        assert distill.main(f"{labels_only} --num_epoch 3 {option} --resume {finished}".split()) == 2
+        assert sentence in capsys.readouterr().err
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_auto_resumes_the_named_run_or_one_with_the_same_options_or_none(labels_only, tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.setattr(distill, "train", lambda args, task, splits, run, spiking: folders.append(run.resumed))
+
+    def auto(more: str):
+        assert distill.main(f"{labels_only} --log_path {tmp_path} --resume auto {more}".split()) == 0
+        return folders.pop()
+
+    args = options.distill_parser().parse_args(f"{labels_only} --log_path {tmp_path}".split())
+    saved = vars(options.resolve(args, role="student"))
+    for name in ("distill-CIFAR10-resnet18-ce-1", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "last.pt").touch()
+        (tmp_path / name / "config.json").write_text(json.dumps({"options": saved}))
+    assert auto("") == tmp_path / "distill-CIFAR10-resnet18-ce-1" / "last.pt"
+    assert auto("--run_name mine") == tmp_path / "mine" / "last.pt"
+    assert auto("--run_name other") is None
+    assert auto("--seed 7") is None
+
+
+def test_same_seed_gives_the_same_student_whatever_the_method(images, save_teacher, tmp_path, monkeypatch):
+    first = []
+
+    def keep(args, task, splits, run, spiking):
+        first.append({name: value.clone() for name, value in task.network.state_dict().items()})
+
+    monkeypatch.setattr(distill, "train", keep)
+    path = save_teacher("resnet18")
+    for method in ("ce", "seal"):
+        command = f"{images} --method {method} --tea_arch resnet18 --tea_path {path} --log_path {tmp_path}"
+        assert distill.main(command.split()) == 0
+    assert all(torch.equal(value, first[1][name]) for name, value in first[0].items())
+
+
+def test_learning_rate_is_a_cosine_to_zero_over_the_epochs(finished):
+    rates = [float(row["lr"]) for row in rows_of(finished)]
+    assert rates == pytest.approx([0.1 * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)], rel=1e-5)
+
+
+def test_tensorboard_holds_what_the_csv_holds(finished):
+    events = EventAccumulator(str(finished)).Reload()
+    for name in ("train_loss", "val_accuracy", "firing_rate/lif0"):
+        values = [event.value for event in events.Scalars(name)]
+        assert values == pytest.approx([float(row[name]) for row in rows_of(finished)], rel=1e-5), name
+
+
+def test_configuration_names_the_commit(finished):
+    commit = json.loads((finished / "config.json").read_text())["environment"]["commit"]
+    head = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    assert (commit or "").removesuffix("-dirty") == head
 
 
 def test_finished_run_is_not_resumed(finished, labels_only, capsys):
@@ -142,22 +212,6 @@ def test_defaults_are_those_of_the_paper():
     assert (imagenet.stu_arch, imagenet.train_batch_size, imagenet.num_epoch) == ("preact_resnet34", 512, 100)
     assert (imagenet.lr, imagenet.wd, imagenet.decay) == (0.2, 2e-5, 0.2)
     assert resolved("teacher", "imagenet").wd == 1e-4
-
-
-def test_meters_weigh_batches_by_their_images():
-    meters = engine.Meters(torch.device("cpu"))
-
-    class Outcome:
-        def __init__(self, loss):
-            self.loss = torch.tensor(loss)
-            self.parts = {"ce": torch.tensor(2 * loss)}
-            self.logits = torch.eye(4).unsqueeze(0)
-
-    meters.add(Outcome(1.0), torch.tensor([0, 1, 2, 0]))
-    outcome = Outcome(4.0)
-    outcome.logits = outcome.logits[:, :2]
-    meters.add(outcome, torch.tensor([0, 1]))
-    assert meters.read() == {"loss": 2.0, "ce": 4.0, "accuracy": 5 / 6}
 
 
 def test_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):

@@ -60,6 +60,11 @@ DISTILL_DIGITS = DIGITS + " --method ce"
         (distill.main, DISTILL_DIGITS + " --temperature 0", "--temperature must be above 0"),
         (distill.main, DISTILL_DIGITS + " --train_batch_size 1", "--train_batch_size must be at least 2"),
         (distill.main, DISTILL_DIGITS + " --backend cupy", "backend 'cupy' cannot run"),
+        (distill.main, DISTILL_DIGITS + " --thresh nan", "--thresh must be a finite number; got nan"),
+        (distill.main, DISTILL_DIGITS + " --v_reset inf", "--v_reset must be a finite number; got inf"),
+        (distill.main, DISTILL_DIGITS + " --alpha inf", "--alpha must be a finite number; got inf"),
+        (teacher.main, DIGITS + " --seed 99999999999999999999999", "--seed must be at least 0 and below 2"),
+        (teacher.main, DIGITS + " --device meta", "--device 'meta' cannot be used"),
         (distill.main, DIGITS, "--tea_path is needed"),
         (
             distill.main,
@@ -137,6 +142,23 @@ def test_truncated_teacher(tmp_path, save_teacher, cifar10_root, capsys):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     options = f"--dataset CIFAR10 --data_path {cifar10_root} --tea_path {path}"
     assert str(path) in error_of(distill.main, options, capsys)
+
+
+@pytest.mark.parametrize("content", [{1: torch.zeros(1)}, {"best_net": None}, {"best_net": torch.zeros(2)}, [1]])
+def test_checkpoint_of_another_form(content, tmp_path, cifar10_root, capsys):
+    path = tmp_path / "other.pth"
+    torch.save(content, path)
+    sentence = error_of(distill.main, f"--dataset CIFAR10 --data_path {cifar10_root} --tea_path {path}", capsys)
+    assert str(path) in sentence
+    assert "best_net" in sentence or "must hold a dictionary" in sentence
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_file_that_is_no_checkpoint(content, tmp_path, cifar10_root, capsys):
+    path = tmp_path / "other.pth"
+    path.write_bytes(content)
+    sentence = error_of(distill.main, f"--dataset CIFAR10 --data_path {cifar10_root} --tea_path {path}", capsys)
+    assert re.search(r"other\.pth is (refused|truncated or no checkpoint)", sentence), sentence
 
 
 def test_something_else_than_a_teacher(tmp_path, cifar10_root, capsys):

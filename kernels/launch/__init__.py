@@ -1,0 +1,1 @@
+"""What every operator's room needs to start a kernel."""

@@ -1,0 +1,13 @@
+// Whether this processor runs the instruction set that this file was compiled for.
+#include "export.h"
+
+SEAL_EXPORT(seal_cpu_runs)() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") != 0;
+#else
+  return 1;
+#endif
+}

@@ -1,0 +1,56 @@
+// One time step of a LIF neuron, for CUDA and native CPU code: the operations of reference.py, in its order.
+//
+// Compiled without contraction to fused multiply-adds, so that spikes and potentials equal the reference bit for bit.
+#pragma once
+
+#include "../launch/numbers.h"
+
+// How the potential is charged. MULTIPLY stands where 1/τ is a power of two and a product equals the quotient exactly.
+enum ChargeKind {
+  DECAY,             // h = d v + x                decay_input=False, v_reset = 0
+  LEAK_DIVIDE,       // h = v - (v - r)/τ + x      decay_input=False
+  LEAK_MULTIPLY,
+  FILTER_DIVIDE,     // h = v + (x - (v - r))/τ    decay_input=True
+  FILTER_MULTIPLY
+};
+
+template <typename State>
+struct Constants {
+  State tau, inverse_tau, decay, threshold, reset;
+};
+
+template <int KIND, typename State>
+SEAL_FN State charge(State v, State x, const Constants<State>& c) {
+  if (KIND == DECAY) return v * c.decay + x;
+  const State distance = v - c.reset;
+  if (KIND == LEAK_DIVIDE) return v - distance / c.tau + x;
+  if (KIND == LEAK_MULTIPLY) return v - distance * c.inverse_tau + x;
+  if (KIND == FILTER_DIVIDE) return v + (x - distance) / c.tau;
+  return v + (x - distance) * c.inverse_tau;  // FILTER_MULTIPLY
+}
+
+// 1 where the neuron fires, else 0; NaN does not fire.
+template <typename State>
+SEAL_FN State fire(State h, const Constants<State>& c) {
+  return h - c.threshold >= 0 ? State(1) : State(0);
+}
+
+template <bool SOFT, typename State>
+SEAL_FN State reset_potential(State h, State spike, const Constants<State>& c) {
+  if (SOFT) return h - spike * c.threshold;
+  return (State(1) - spike) * h + spike * c.reset;
+}
+
+// ∂v/∂h across the reset; g is the surrogate derivative.
+template <bool SOFT, bool DETACH, typename State>
+SEAL_FN State reset_slope(State h, State spike, State g, const Constants<State>& c) {
+  if (SOFT) return DETACH ? State(1) : State(1) - c.threshold * g;
+  return DETACH ? State(1) - spike : (State(1) - spike) + (c.reset - h) * g;
+}
+
+// ∂v/∂θ across the reset.
+template <bool SOFT, bool DETACH, typename State>
+SEAL_FN State reset_threshold_slope(State h, State spike, State g, const Constants<State>& c) {
+  if (SOFT) return DETACH ? -spike : c.threshold * g - spike;
+  return DETACH ? State(0) : -(c.reset - h) * g;
+}
