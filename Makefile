@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+NATIVE := $(wildcard kernels/*/*.cpp kernels/*/*.h kernels/*/*.cuh)
 
 .PHONY: demo test long lint clean
 
@@ -28,15 +29,15 @@ lint: .venv/.test
 	@echo "==> Making a virtual environment in .venv"
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "no virtual environment could be made; on Debian: apt install python3-venv"; exit 2; }
 
-.venv/.train: .venv/bin/python setup.py pyproject.toml
+.venv/.train: .venv/bin/python setup.py pyproject.toml $(NATIVE)
 	@echo "==> Installing seal-fast with what the trainers need (PyTorch is several GB the first time)"
 	$(BIN)/pip install --disable-pip-version-check -q -e '.[train]'
 	@touch $@
 
-.venv/.test: .venv/bin/python setup.py pyproject.toml
+.venv/.test: .venv/bin/python setup.py pyproject.toml $(NATIVE)
 	@echo "==> Installing seal-fast with what the tests need (PyTorch is several GB the first time)"
 	$(BIN)/pip install --disable-pip-version-check -q -e '.[test]'
 	@touch $@ .venv/.train
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info kernels/*.so

@@ -32,18 +32,23 @@ bool exact_inverse(State tau) {
   return std::frexp(tau, &exponent) == State(0.5);
 }
 
-// The constants of a piece's i-th neuron: one set for all, or one set for each.
+// The constants of a piece's i-th neuron: one set for all, or one for each.
 template <typename State>
 struct Uniform {
-  Constants<State> constants;
-  const Constants<State>& operator()(int64_t) const { return constants; }
+  State tau_, inverse_tau_, decay_, threshold_;
+  State tau(int64_t) const { return tau_; }
+  State inverse_tau(int64_t) const { return inverse_tau_; }
+  State decay(int64_t) const { return decay_; }
+  State threshold(int64_t) const { return threshold_; }
 };
 
 template <typename State>
 struct Varied {
-  const State *tau, *inverse_tau, *decay, *threshold;
-  State reset;
-  Constants<State> operator()(int64_t i) const { return {tau[i], inverse_tau[i], decay[i], threshold[i], reset}; }
+  const State *tau_, *inverse_tau_, *decay_, *threshold_;
+  State tau(int64_t i) const { return tau_[i]; }
+  State inverse_tau(int64_t i) const { return inverse_tau_[i]; }
+  State decay(int64_t i) const { return decay_[i]; }
+  State threshold(int64_t i) const { return threshold_[i]; }
 };
 
 template <typename State>
@@ -71,55 +76,73 @@ const State* loaded(const Number* row, State* buffer, int64_t count) {
 }
 
 template <int KIND, typename State, typename Each>
-void charge_row(State* h, const State* v, const State* x, const Each constants, int64_t count) {
+void charge_row(State* h, const State* v, const State* x, const Each each, State reset, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) h[i] = charge<KIND, State>(v[i], x[i], constants(i));
+  for (int64_t i = 0; i < count; ++i) {
+    h[i] = charge<KIND>(v[i], x[i], each.tau(i), each.inverse_tau(i), each.decay(i), reset);
+  }
 }
 
 template <bool SOFT, typename State, typename Each>
-void reset_row(State* v, const State* h, const Each constants, int64_t count) {
+void reset_row(State* v, const State* h, const Each each, State reset, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const Constants<State> own = constants(i);
-    v[i] = reset_potential<SOFT>(h[i], fire(h[i], own), own);
+    v[i] = reset_potential<SOFT>(h[i], fire(h[i], each.threshold(i)), each.threshold(i), reset);
   }
+}
+
+template <typename State, typename Each>
+void fire_row(State* spikes, const State* h, const Each each, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) spikes[i] = fire(h[i], each.threshold(i));
+}
+
+// The state's type is written in place; 16-bit numbers are made of a buffer, as compilers vectorise the two loops only.
+template <typename State, typename Each>
+void store_spikes(State* spikes, State*, const State* h, const Each each, int64_t count) {
+  fire_row(spikes, h, each, count);
 }
 
 template <typename State, typename Number, typename Each>
-void fire_row(Number* spikes, const State* h, const Each constants, int64_t count) {
+void store_spikes(Number* spikes, State* buffer, const State* h, const Each each, int64_t count) {
+  fire_row(buffer, h, each, count);
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) store(spikes[i], fire<State>(h[i], constants(i)));
+  for (int64_t i = 0; i < count; ++i) store(spikes[i], buffer[i]);
 }
 
 template <int KIND, typename State, typename Each>
-void derivative_row(State* g, const State* h, State alpha, const Each constants, int64_t count) {
+void derivative_row(State* g, const State* h, State alpha, const Each each, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) g[i] = surrogate_derivative<KIND>(h[i] - constants(i).threshold, alpha);
+  for (int64_t i = 0; i < count; ++i) g[i] = surrogate_derivative<KIND>(h[i] - each.threshold(i), alpha);
 }
 
-// c holds ∂L/∂v_t; gives ∂L/∂h_t, and adds to the threshold's gradient.
+// c holds ∂L/∂v_t; gives ∂L/∂h_t, and ∂L/∂v_{t-1} in its place.
 template <bool SOFT, bool DETACH, typename State, typename Each>
-void gradient_row(State* dh, State* grad_threshold, const State* c, const State* a, const State* g, const State* h,
-                  const Each constants, int64_t count) {
+void gradient_row(State* dh, State* c, const State* a, const State* g, const State* h, const Each each, State reset,
+                  int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const Constants<State> own = constants(i);
-    const State spike = fire(h[i], own);
-    const State through_spike = a[i] * g[i];
-    dh[i] = through_spike + c[i] * reset_slope<SOFT, DETACH>(h[i], spike, g[i], own);
-    grad_threshold[i] += c[i] * reset_threshold_slope<SOFT, DETACH>(h[i], spike, g[i], own) - through_spike;
+    const State threshold = each.threshold(i), spike = fire(h[i], threshold);
+    dh[i] = a[i] * g[i] + c[i] * reset_slope<SOFT, DETACH>(h[i], spike, g[i], threshold, reset);
+    c[i] = dh[i] * each.decay(i);
   }
 }
 
-// From ∂L/∂h_t to ∂L/∂x_t and ∂L/∂v_{t-1}.
-template <bool DECAY_INPUT, typename State, typename Number, typename Each>
-void step_back_row(Number* grad_x, State* c, const State* dh, const Each constants, int64_t count) {
+// Adds this step's part of ∂L/∂θ; c holds ∂L/∂v_t.
+template <bool SOFT, bool DETACH, typename State, typename Each>
+void threshold_row(State* sum, const State* c, const State* a, const State* g, const State* h, const Each each,
+                   State reset, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const Constants<State> own = constants(i);
-    store(grad_x[i], DECAY_INPUT ? dh[i] * own.inverse_tau : dh[i]);
-    c[i] = dh[i] * own.decay;
+    const State threshold = each.threshold(i), spike = fire(h[i], threshold);
+    sum[i] += c[i] * reset_threshold_slope<SOFT, DETACH>(h[i], spike, g[i], threshold, reset) - a[i] * g[i];
   }
+}
+
+template <bool DECAY_INPUT, typename State, typename Number, typename Each>
+void store_row(Number* grad_x, const State* dh, const Each each, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) store(grad_x[i], DECAY_INPUT ? dh[i] * each.inverse_tau(i) : dh[i]);
 }
 
 // Adds ∂L/∂h_t · ∂h_t/∂(1/τ).
@@ -136,9 +159,9 @@ template <typename State, typename Number, typename Each>
 class Lif {
  public:
   explicit Lif(const LifArguments& arguments) : a(arguments) {
-    // A piece's rows stay in the second-level cache.
+    // A piece's rows stay in the first-level cache.
     const int64_t rows = a.grad_x ? a.T + 8 : 4;
-    piece = std::min<int64_t>(4096, std::max<int64_t>(64, (1 << 18) / int64_t(sizeof(State)) / rows / 64 * 64));
+    piece = std::min<int64_t>(4096, std::max<int64_t>(64, (1 << 15) / int64_t(sizeof(State)) / rows / 64 * 64));
     pieces = (a.N + piece - 1) / piece;
     exact = true;
     for (int64_t channel = 0; channel < a.channels; ++channel) exact &= exact_inverse(State(a.tau[channel]));
@@ -167,24 +190,25 @@ class Lif {
   int64_t piece, pieces;
   bool exact;  // whether multiplying by 1/τ equals dividing by τ
 
-  struct Place { int64_t start, count; Each constants; };
+  struct Place { int64_t start, count; Each each; };
 
-  Constants<State> constants_of(int64_t channel) const {
+  Uniform<State> of_channel(int64_t channel) const {
     const double tau = a.tau[channel];
     // 1 - 1/τ is rounded once, from double.
-    return {State(tau), State(1) / State(tau), State(1.0 - 1.0 / tau), State(a.threshold[channel]), State(a.reset)};
+    return {State(tau), State(1) / State(tau), State(1.0 - 1.0 / tau), State(a.threshold[channel])};
   }
 
   Place place(int64_t index, Scratch<State>& s) const {
     const int64_t start = index * piece, count = std::min(piece, a.N - start);
     if constexpr (std::is_same_v<Each, Uniform<State>>) {
-      return {start, count, {constants_of(0)}};
+      return {start, count, of_channel(0)};
     } else {
       for (int64_t i = 0; i < count; ++i) {
-        const Constants<State> own = constants_of((start + i) / a.channel_stride % a.channels);
-        s.tau[i] = own.tau, s.inverse_tau[i] = own.inverse_tau, s.decay[i] = own.decay, s.threshold[i] = own.threshold;
+        const Uniform<State> own = of_channel((start + i) / a.channel_stride % a.channels);
+        s.tau[i] = own.tau_, s.inverse_tau[i] = own.inverse_tau_, s.decay[i] = own.decay_;
+        s.threshold[i] = own.threshold_;
       }
-      return {start, count, {s.tau, s.inverse_tau, s.decay, s.threshold, State(a.reset)}};
+      return {start, count, {s.tau, s.inverse_tau, s.decay, s.threshold}};
     }
   }
 
@@ -201,17 +225,19 @@ class Lif {
   }
 
   void charge_step(State* h, const State* v, const State* x, const Place& p) const {
-    if (!a.decay_input && a.reset == 0) return charge_row<DECAY>(h, v, x, p.constants, p.count);
+    const State reset = State(a.reset);
+    if (!a.decay_input && a.reset == 0) return charge_row<DECAY>(h, v, x, p.each, reset, p.count);
     if (a.decay_input) {
-      return exact ? charge_row<FILTER_MULTIPLY>(h, v, x, p.constants, p.count)
-                   : charge_row<FILTER_DIVIDE>(h, v, x, p.constants, p.count);
+      return exact ? charge_row<FILTER_MULTIPLY>(h, v, x, p.each, reset, p.count)
+                   : charge_row<FILTER_DIVIDE>(h, v, x, p.each, reset, p.count);
     }
-    return exact ? charge_row<LEAK_MULTIPLY>(h, v, x, p.constants, p.count)
-                 : charge_row<LEAK_DIVIDE>(h, v, x, p.constants, p.count);
+    return exact ? charge_row<LEAK_MULTIPLY>(h, v, x, p.each, reset, p.count)
+                 : charge_row<LEAK_DIVIDE>(h, v, x, p.each, reset, p.count);
   }
 
   void reset_step(State* v, const State* h, const Place& p) const {
-    a.soft ? reset_row<true>(v, h, p.constants, p.count) : reset_row<false>(v, h, p.constants, p.count);
+    const State reset = State(a.reset);
+    a.soft ? reset_row<true>(v, h, p.each, reset, p.count) : reset_row<false>(v, h, p.each, reset, p.count);
   }
 
   void forward_piece(int64_t index, Scratch<State>& s) const {
@@ -219,7 +245,7 @@ class Lif {
     start_at_rest(s.v, p);
     for (int64_t t = 0; t < a.T; ++t) {
       charge_step(s.h, s.v, x_row(t, s, p), p);
-      fire_row(static_cast<Number*>(a.spikes) + t * a.N + p.start, s.h, p.constants, p.count);
+      store_spikes(static_cast<Number*>(a.spikes) + t * a.N + p.start, s.x, s.h, p.each, p.count);
       reset_step(s.v, s.h, p);
     }
     if (a.v_last) std::copy_n(s.v, p.count, static_cast<State*>(a.v_last) + p.start);
@@ -254,8 +280,7 @@ class Lif {
     derivative_step(s.g, h, p);
     gradient_step(s, loaded(static_cast<const Number*>(a.grad_spikes) + offset, s.a, p.count), h, p);
     Number* grad_x = static_cast<Number*>(a.grad_x) + offset;
-    a.decay_input ? step_back_row<true>(grad_x, s.c, s.dh, p.constants, p.count)
-                  : step_back_row<false>(grad_x, s.c, s.dh, p.constants, p.count);
+    a.decay_input ? store_row<true>(grad_x, s.dh, p.each, p.count) : store_row<false>(grad_x, s.dh, p.each, p.count);
     if (!a.grad_inverse_tau) return;
     if (t > 0) {
       reset_step(s.v, s.h + (t - 1) * piece, p);
@@ -269,23 +294,33 @@ class Lif {
   void derivative_step(State* g, const State* h, const Place& p) const {
     const State alpha = State(a.alpha);
     switch (a.surrogate) {
-      case SIGMOID: return derivative_row<SIGMOID>(g, h, alpha, p.constants, p.count);
-      case ATAN: return derivative_row<ATAN>(g, h, alpha, p.constants, p.count);
-      case PIECEWISE_QUADRATIC: return derivative_row<PIECEWISE_QUADRATIC>(g, h, alpha, p.constants, p.count);
-      case PIECEWISE_EXP: return derivative_row<PIECEWISE_EXP>(g, h, alpha, p.constants, p.count);
-      case SOFT_SIGN: return derivative_row<SOFT_SIGN>(g, h, alpha, p.constants, p.count);
-      case SUPER_SPIKE: return derivative_row<SUPER_SPIKE>(g, h, alpha, p.constants, p.count);
-      case ERF: return derivative_row<ERF>(g, h, alpha, p.constants, p.count);
-      case TRIANGLE: return derivative_row<TRIANGLE>(g, h, alpha, p.constants, p.count);
-      default: return derivative_row<RECTANGLE>(g, h, alpha, p.constants, p.count);
+      case SIGMOID: return derivative_row<SIGMOID>(g, h, alpha, p.each, p.count);
+      case ATAN: return derivative_row<ATAN>(g, h, alpha, p.each, p.count);
+      case PIECEWISE_QUADRATIC: return derivative_row<PIECEWISE_QUADRATIC>(g, h, alpha, p.each, p.count);
+      case PIECEWISE_EXP: return derivative_row<PIECEWISE_EXP>(g, h, alpha, p.each, p.count);
+      case SOFT_SIGN: return derivative_row<SOFT_SIGN>(g, h, alpha, p.each, p.count);
+      case SUPER_SPIKE: return derivative_row<SUPER_SPIKE>(g, h, alpha, p.each, p.count);
+      case ERF: return derivative_row<ERF>(g, h, alpha, p.each, p.count);
+      case TRIANGLE: return derivative_row<TRIANGLE>(g, h, alpha, p.each, p.count);
+      default: return derivative_row<RECTANGLE>(g, h, alpha, p.each, p.count);
     }
   }
 
   void gradient_step(Scratch<State>& s, const State* upstream, const State* h, const Place& p) const {
-    const auto gradient =
-        a.soft ? (a.detach ? gradient_row<true, true, State, Each> : gradient_row<true, false, State, Each>)
-               : (a.detach ? gradient_row<false, true, State, Each> : gradient_row<false, false, State, Each>);
-    gradient(s.dh, s.grad_threshold, s.c, upstream, s.g, h, p.constants, p.count);
+    if (a.soft) {
+      a.detach ? gradient_of<true, true>(s, upstream, h, p) : gradient_of<true, false>(s, upstream, h, p);
+    } else {
+      a.detach ? gradient_of<false, true>(s, upstream, h, p) : gradient_of<false, false>(s, upstream, h, p);
+    }
+  }
+
+  template <bool SOFT, bool DETACH>
+  void gradient_of(Scratch<State>& s, const State* upstream, const State* h, const Place& p) const {
+    const State reset = State(a.reset);
+    if (a.grad_threshold) {
+      threshold_row<SOFT, DETACH>(s.grad_threshold, s.c, upstream, s.g, h, p.each, reset, p.count);
+    }
+    gradient_row<SOFT, DETACH>(s.dh, s.c, upstream, s.g, h, p.each, reset, p.count);
   }
 };
 

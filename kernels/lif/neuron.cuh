@@ -14,43 +14,38 @@ enum ChargeKind {
   FILTER_MULTIPLY
 };
 
-template <typename State>
-struct Constants {
-  State tau, inverse_tau, decay, threshold, reset;
-};
-
 template <int KIND, typename State>
-SEAL_FN State charge(State v, State x, const Constants<State>& c) {
-  if (KIND == DECAY) return v * c.decay + x;
-  const State distance = v - c.reset;
-  if (KIND == LEAK_DIVIDE) return v - distance / c.tau + x;
-  if (KIND == LEAK_MULTIPLY) return v - distance * c.inverse_tau + x;
-  if (KIND == FILTER_DIVIDE) return v + (x - distance) / c.tau;
-  return v + (x - distance) * c.inverse_tau;  // FILTER_MULTIPLY
+SEAL_FN State charge(State v, State x, State tau, State inverse_tau, State decay, State reset) {
+  if (KIND == DECAY) return v * decay + x;
+  const State distance = v - reset;
+  if (KIND == LEAK_DIVIDE) return v - distance / tau + x;
+  if (KIND == LEAK_MULTIPLY) return v - distance * inverse_tau + x;
+  if (KIND == FILTER_DIVIDE) return v + (x - distance) / tau;
+  return v + (x - distance) * inverse_tau;  // FILTER_MULTIPLY
 }
 
 // 1 where the neuron fires, else 0; NaN does not fire.
 template <typename State>
-SEAL_FN State fire(State h, const Constants<State>& c) {
-  return h - c.threshold >= 0 ? State(1) : State(0);
+SEAL_FN State fire(State h, State threshold) {
+  return h - threshold >= 0 ? State(1) : State(0);
 }
 
 template <bool SOFT, typename State>
-SEAL_FN State reset_potential(State h, State spike, const Constants<State>& c) {
-  if (SOFT) return h - spike * c.threshold;
-  return (State(1) - spike) * h + spike * c.reset;
+SEAL_FN State reset_potential(State h, State spike, State threshold, State reset) {
+  if (SOFT) return h - spike * threshold;
+  return (State(1) - spike) * h + spike * reset;
 }
 
 // ∂v/∂h across the reset; g is the surrogate derivative.
 template <bool SOFT, bool DETACH, typename State>
-SEAL_FN State reset_slope(State h, State spike, State g, const Constants<State>& c) {
-  if (SOFT) return DETACH ? State(1) : State(1) - c.threshold * g;
-  return DETACH ? State(1) - spike : (State(1) - spike) + (c.reset - h) * g;
+SEAL_FN State reset_slope(State h, State spike, State g, State threshold, State reset) {
+  if (SOFT) return DETACH ? State(1) : State(1) - threshold * g;
+  return DETACH ? State(1) - spike : (State(1) - spike) + (reset - h) * g;
 }
 
 // ∂v/∂θ across the reset.
 template <bool SOFT, bool DETACH, typename State>
-SEAL_FN State reset_threshold_slope(State h, State spike, State g, const Constants<State>& c) {
-  if (SOFT) return DETACH ? -spike : c.threshold * g - spike;
-  return DETACH ? State(0) : -(c.reset - h) * g;
+SEAL_FN State reset_threshold_slope(State h, State spike, State g, State threshold, State reset) {
+  if (SOFT) return DETACH ? -spike : threshold * g - spike;
+  return DETACH ? State(0) : -(reset - h) * g;
 }
