@@ -88,7 +88,8 @@ def train_epoch(
     waited, start = 0.0, time.perf_counter()
     last, last_images, last_waited = start, 0, 0.0
     # disable=None: no bar where the output is no terminal.
-    bar = tqdm(total=len(loader), desc=title, unit="step", leave=False, dynamic_ncols=True, disable=None)
+    shown = "{desc} |{bar:8}| {n_fmt}/{total_fmt}{postfix}"
+    bar = tqdm(total=len(loader), desc=title, bar_format=shown, leave=False, dynamic_ncols=True, disable=None)
     batches = iter(loader)
     for step in range(1, len(loader) + 1):
         asked = time.perf_counter()
@@ -111,9 +112,10 @@ def train_epoch(
             steps = step % READ_EVERY or READ_EVERY
             remaining = (now - start) / step * (len(loader) - step + epochs_left * len(loader))
             bar.set_postfix_str(
-                f"data {1e3 * (waited - last_waited) / steps:.0f} ms, step {1e3 * (now - last) / steps:.0f} ms, "
-                f"{(meters.images - last_images) / (now - last):.0f} img/s, loss {means['loss']:.3f}, "
-                f"acc {means['accuracy']:.1%}, run ends in {tqdm.format_interval(int(remaining))}"
+                # What matters most comes first: a narrow terminal cuts the end.
+                f"ends in {tqdm.format_interval(int(remaining))}, loss {means['loss']:.3f}, "
+                f"acc {means['accuracy']:.1%}, {(meters.images - last_images) / (now - last):.0f} img/s, "
+                f"step {1e3 * (now - last) / steps:.0f} ms, data {1e3 * (waited - last_waited) / steps:.0f} ms"
             )
             last, last_images, last_waited = now, meters.images, waited
     bar.close()

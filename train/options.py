@@ -64,6 +64,17 @@ class UsageError(ValueError):
     """What is wrong with the command, in one sentence."""
 
 
+def _table(role: str) -> str:
+    """The defaults of each dataset's family, for --help."""
+    lines = ["defaults per dataset:"]
+    for name, both in DEFAULTS.items():
+        own = both[role == "student"]
+        keys = ("student", "teacher", "T", "batch_size", "num_epoch", "lr", "wd", "decay")
+        shown = [f"{key} {own[key]}" for key in keys if role == "student" or key not in ("student", "decay")]
+        lines.append(f"  {name:<15} {', '.join(shown)}")
+    return "\n".join(lines)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence."""
 
@@ -74,7 +85,13 @@ class Parser(argparse.ArgumentParser):
 
 def teacher_parser() -> argparse.ArgumentParser:
     """Options of `train/teacher.py`."""
-    parser = Parser("seal-fast-teacher", description="Train an ANN teacher.", allow_abbrev=False)
+    parser = Parser(
+        "seal-fast-teacher",
+        description="Train an ANN teacher.",
+        epilog=_table("teacher"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     _add_shared(parser)
     parser.add_argument("--arch", choices=TEACHERS, help="teacher network (default: per dataset)")
     parser.add_argument(
@@ -85,7 +102,13 @@ def teacher_parser() -> argparse.ArgumentParser:
 
 def distill_parser() -> argparse.ArgumentParser:
     """Options of `train/distill.py`."""
-    parser = Parser("seal-fast-distill", description="Distil a spiking student.", allow_abbrev=False)
+    parser = Parser(
+        "seal-fast-distill",
+        description="Distil a spiking student.",
+        epilog=_table("student"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     _add_shared(parser)
     student = parser.add_argument_group("student")
     student.add_argument("--stu_arch", choices=STUDENTS, help="student network (default: per dataset)")
@@ -214,7 +237,7 @@ def _check_shared(args: argparse.Namespace) -> None:
     try:
         torch.zeros(1, device=args.device).cpu()
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError here
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0][:120]
         raise UsageError(f"--device {args.device!r} cannot be used: {reason}") from error
 
 

@@ -93,6 +93,8 @@ class Run:
             self.folder = self.resumed.parent
         else:
             self.folder = named or root / f"{title}-{stamp}-{os.getpid()}"
+            if args.resume:
+                print("There is no run to resume; a new one begins.", flush=True)
             if (self.folder / "last.pt").exists():
                 raise UsageError(f"--run_name: {self.folder} already holds a run; go on with --resume {self.folder}.")
         try:

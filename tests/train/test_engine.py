@@ -34,7 +34,7 @@ def test_progress_bar_tells_times_speed_loss_accuracy_and_what_remains(monkeypat
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
     batches = [(torch.rand(2, 1, 2, 2), torch.tensor([0, 2]))] * 12
     means = epoch_of(TeacherTask(network), batches)
-    pattern = r"data \d+ ms, step \d+ ms, \d+ img/s, loss [\d.]+, acc [\d.]+%, run ends in \d+:\d+"
+    pattern = r"ends in \d+:\d+, loss [\d.]+, acc [\d.]+%, \d+ img/s, step \d+ ms, data \d+ ms"
     assert len(shown) == 2
     assert all(re.fullmatch(pattern, text) for text in shown), shown
     assert f"loss {means['loss']:.3f}" in shown[-1]

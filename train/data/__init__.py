@@ -53,6 +53,8 @@ def load(
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, not {name!r}{hint}")
     if role not in ("teacher", "student"):
         raise ValueError(f"role must be 'teacher' or 'student', not {role!r}")
+    if root is None and name == "DIGITS_DVS":
+        raise DataError("DIGITS_DVS needs a folder for the recordings that it makes: name one with --data_path.")
     if root is None and name != "DIGITS":
         raise DataError(f"{name} is read from disk: say where it lies with --data_path.")
     folder = None if root is None else Path(root).expanduser()
