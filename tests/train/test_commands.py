@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import makers
+from seal_fast.backends import available
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -76,7 +77,8 @@ def test_published_command_leaves_a_complete_run_folder(name, tmp_path, save_tea
         words += ["--log_path", str(logs)]
     result = subprocess.run([sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert ("lif on torch" in result.stdout) == ("distill" in name)
+    kernel = f"lif on {available('lif')[0]}, "
+    assert (kernel if "distill" in name else "kernels: none") in result.stdout
     (folder,) = logs.iterdir()
     assert_complete(folder, spiking="distill" in name)
 
