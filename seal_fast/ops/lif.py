@@ -91,7 +91,14 @@ def _number_and_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:
     return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
 
 
-def _options(tau_tensor, threshold_tensor, tau, threshold, decay_input, v_reset, surrogate, alpha, detach_reset):
+# What both operators take after their tensors: numbers by value, so that none is copied to the device.
+_OPTIONS = (
+    "Tensor? tau_tensor, Tensor? threshold_tensor, float tau, float threshold, bool decay_input, float? v_reset, "
+    "str surrogate, float alpha, bool detach_reset, str backend"
+)
+
+
+def _options(tau_tensor, threshold_tensor, tau, threshold, decay_input, v_reset, surrogate, alpha, detach_reset, _):
     return Options(
         tau=tau if tau_tensor is None else tau_tensor,
         decay_input=decay_input,
@@ -102,25 +109,11 @@ def _options(tau_tensor, threshold_tensor, tau, threshold, decay_input, v_reset,
     )
 
 
-@torch.library.custom_op("seal_fast::lif", mutates_args=())
-def _lif(
-    x: Tensor,
-    v_init: Tensor | None,
-    tau_tensor: Tensor | None,
-    threshold_tensor: Tensor | None,
-    tau: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    options = _options(
-        tau_tensor, threshold_tensor, tau, threshold, decay_input, v_reset, surrogate, alpha, detach_reset
-    )
-    return _KERNELS[backend].forward(x, v_init, options)
+@torch.library.custom_op(
+    "seal_fast::lif", mutates_args=(), schema=f"(Tensor x, Tensor? v_init, {_OPTIONS}) -> (Tensor, Tensor)"
+)
+def _lif(x, v_init, *options):
+    return _KERNELS[options[-1]].forward(x, v_init, _options(*options))
 
 
 @_lif.register_fake
@@ -129,28 +122,19 @@ def _(x, v_init, *options):
     return spikes, torch.empty_like(spikes[0], dtype=reference.state_dtype(x.dtype))
 
 
-@torch.library.custom_op("seal_fast::lif_backward", mutates_args=())
-def _lif_backward(
-    grad_spikes: Tensor,
-    grad_v_last: Tensor | None,
-    x: Tensor,
-    v_init: Tensor | None,
-    tau_tensor: Tensor | None,
-    threshold_tensor: Tensor | None,
-    tau: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = _options(
-        tau_tensor, threshold_tensor, tau, threshold, decay_input, v_reset, surrogate, alpha, detach_reset
-    )
+@torch.library.custom_op(
+    "seal_fast::lif_backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor grad_spikes, Tensor? grad_v_last, Tensor x, Tensor? v_init, {_OPTIONS}) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _lif_backward(grad_spikes, grad_v_last, x, v_init, tau_tensor, threshold_tensor, *options):
     learned = tau_tensor is not None or threshold_tensor is not None
-    grads = _KERNELS[backend].backward(grad_spikes, grad_v_last, x, v_init, options, parameters=learned)
+    options = (tau_tensor, threshold_tensor, *options)
+    kernel = _KERNELS[options[-1]]
+    grads = kernel.backward(grad_spikes, grad_v_last, x, v_init, _options(*options), parameters=learned)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
