@@ -29,6 +29,8 @@ def potentials() -> torch.Tensor:
 @pytest.mark.parametrize("name", SPIKINGJELLY)
 def test_derivative_equals_spikingjelly(name, alpha):
     surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate", reason="spikingjelly is not installed")
+    if not hasattr(surrogate, SPIKINGJELLY[name]):
+        pytest.skip(f"this version of SpikingJelly has no {SPIKINGJELLY[name]}; 2.0.0 has")
     theirs = getattr(surrogate, SPIKINGJELLY[name])(**({} if alpha is None else {"alpha": alpha}))
     ours = Surrogate(name, alpha)
     assert ours.alpha == theirs.alpha

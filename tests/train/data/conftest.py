@@ -25,7 +25,7 @@ def _spikingjelly(name):
 def spikingjelly_aedat():
     """SpikingJelly's reader of CIFAR10-DVS recordings: path → dict of t, x, y, p."""
     module = _spikingjelly("spikingjelly.datasets.cifar10_dvs")
-    return getattr(module, "_load_origin_data", None) or module.load_origin_data
+    return getattr(module, "_load_origin_data", None) or module.CIFAR10DVS.load_origin_data  # as 0.0.0.0.14 has it
 
 
 @pytest.fixture(scope="session")
