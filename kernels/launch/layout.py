@@ -28,13 +28,25 @@ def empty_rows(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
+def like_row(tensor: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """`tensor` [...] itself if it lies in memory as `row` [...] does, else a copy that does."""
+    if _alike(tensor, row):
+        return tensor
+    return torch.empty_strided(row.shape, row.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def like_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """`tensor` itself if it lies in memory as `rows` does, else a copy that does."""
-    same = all(
-        size == 1 or left == right for size, left, right in zip(rows.shape, tensor.stride(), rows.stride(), strict=True)
-    )
-    return (
-        tensor
-        if same
-        else torch.empty_strided(rows.shape, rows.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    )
+    """`tensor` [T, ...] itself if each step lies as the steps of `rows` do, at any stride along T, else a copy."""
+    if _alike(tensor[0], rows[0]):
+        return tensor
+    return torch.empty_strided(rows.shape, rows.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def memory_order(rows: torch.Tensor) -> torch.Tensor:
+    """[T, ...] with the axes after T permuted to the order in which they lie in memory."""
+    return rows.permute(0, *sorted(range(1, rows.dim()), key=lambda axis: -rows.stride(axis)))
+
+
+def _alike(left: torch.Tensor, right: torch.Tensor) -> bool:
+    strides = zip(right.shape, left.stride(), right.stride(), strict=True)
+    return all(size == 1 or stride == other for size, stride, other in strides)

@@ -1,345 +1,239 @@
 // The multi-step LIF neuron on the CPU. x is T rows of N numbers, each row dense in memory, whatever its shape.
 //
-// A thread takes a piece of a row through all T steps, so that potentials stay in the cache: forward reads x once and
-// writes the spikes, backward reads x and the spikes' gradient and writes x's. Each stage of a step is a loop over the
-// piece that compilers turn into vector instructions. This file is compiled once for each instruction set in ISA.
-#include <algorithm>
-#include <type_traits>
-#include <vector>
-
+// A thread takes a block of a few vectors of neurons through all T steps in registers: forward reads x once and writes
+// the spikes, backward reads x and the spikes' gradient and writes x's, with the T potentials before the reset in the
+// first-level cache. Compiled once for each instruction set in ISA (setup.py).
 #include "../launch/export.h"
+#include "../launch/vector.h"
 #include "../surrogate/surrogate.cuh"
 #include "neuron.cuh"
 
+#include <vector>
+
 // As in cpu.py. Null pointers stand for what is absent or not asked for.
 struct LifArguments {
-  const void *x, *v_init;                       // [T, N], [N] in the state's type
-  void *spikes, *v_last;                        // [T, N], [N] in the state's type
-  const void *grad_spikes, *grad_v_last;        // [T, N], [N] in the state's type
-  void *grad_x, *grad_v_init;                   // [T, N], [N] in the state's type
-  void *grad_threshold, *grad_inverse_tau;      // [N] in the state's type: the sum over T of each neuron's part
-  const double *tau, *threshold;                // [channels]
-  int64_t T, N, x_stride, channels, channel_stride;  // strides in elements; x_stride is 0 where all rows are one
+  const void *x, *v_init;                   // [T, N], [N] in the state's type
+  void *spikes, *v_last;                    // [T, N], [N] in the state's type
+  uint8_t* packed;                          // [T, ceil(N/8)]
+  const void *grad_spikes, *grad_v_last;    // [T, N], [N] in the state's type
+  void *grad_x, *grad_v_init;               // [T, N], [N] in the state's type
+  void *grad_threshold, *grad_inverse_tau;  // [N] in the state's type: the sum over T of each neuron's part
+  const void* constants;                    // [4, channels] in the state's type: τ, 1/τ, 1 - 1/τ and threshold
+  int64_t T, N, x_stride, grad_stride;      // strides of x and grad_spikes along T, in elements; 0 repeats one row
+  int64_t channels, channel_stride;
   double reset, alpha;
-  int32_t dtype, decay_input, soft, detach, surrogate, threads;
+  int32_t dtype, charge, soft, detach, decay_input, surrogate, threads;
 };
 
 namespace {
 
-template <typename State>
-bool exact_inverse(State tau) {
-  int exponent;
-  return std::frexp(tau, &exponent) == State(0.5);
-}
+// Rows together larger than this do not stay in the caches of common processors until the next layer reads them.
+constexpr int64_t kCached = int64_t(16) << 20;
 
-// The constants of a piece's i-th neuron: one set for all, or one for each.
-template <typename State>
-struct Uniform {
-  State tau_, inverse_tau_, decay_, threshold_;
-  State tau(int64_t) const { return tau_; }
-  State inverse_tau(int64_t) const { return inverse_tau_; }
-  State decay(int64_t) const { return decay_; }
-  State threshold(int64_t) const { return threshold_; }
-};
+// Below this many neuron-steps a second thread costs more than it saves.
+constexpr int64_t kGrain = 1 << 14;
 
-template <typename State>
-struct Varied {
-  const State *tau_, *inverse_tau_, *decay_, *threshold_;
-  State tau(int64_t i) const { return tau_[i]; }
-  State inverse_tau(int64_t i) const { return inverse_tau_[i]; }
-  State decay(int64_t i) const { return decay_[i]; }
-  State threshold(int64_t i) const { return threshold_[i]; }
-};
-
-template <typename State>
-struct Scratch {  // rows of one piece: potentials, inputs, gradients, constants, and T potentials before the reset
-  std::vector<State> memory;
-  State *v, *x, *a, *g, *c, *dh, *grad_threshold, *grad_inverse_tau, *tau, *inverse_tau, *decay, *threshold, *h;
-  static constexpr int kRows = 12;
-
-  Scratch(int64_t size, int64_t h_rows) : memory(size * (kRows + h_rows)) {
-    State** rows[] = {&v, &x, &a, &g, &c, &dh, &grad_threshold, &grad_inverse_tau,
-                      &tau, &inverse_tau, &decay, &threshold, &h};
-    for (int i = 0; i <= kRows; ++i) *rows[i] = memory.data() + i * size;
-  }
-};
-
-// A 16-bit or float row as the state's type: in place where it is one already.
-template <typename State>
-const State* loaded(const State* row, State*, int64_t) { return row; }
+enum Constant { TAU, INVERSE_TAU, DECAY_FACTOR, THRESHOLD };
 
 template <typename State, typename Number>
-const State* loaded(const Number* row, State* buffer, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) buffer[i] = load(row[i]);
-  return buffer;
-}
-
-template <int KIND, typename State, typename Each>
-void charge_row(State* h, const State* v, const State* x, const Each each, State reset, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    h[i] = charge<KIND>(v[i], x[i], each.tau(i), each.inverse_tau(i), each.decay(i), reset);
-  }
-}
-
-template <bool SOFT, typename State, typename Each>
-void reset_row(State* v, const State* h, const Each each, State reset, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    v[i] = reset_potential<SOFT>(h[i], fire(h[i], each.threshold(i)), each.threshold(i), reset);
-  }
-}
-
-template <typename State, typename Each>
-void fire_row(State* spikes, const State* h, const Each each, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) spikes[i] = fire(h[i], each.threshold(i));
-}
-
-// The state's type is written in place; 16-bit numbers are made of a buffer, as compilers vectorise the two loops only.
-template <typename State, typename Each>
-void store_spikes(State* spikes, State*, const State* h, const Each each, int64_t count) {
-  fire_row(spikes, h, each, count);
-}
-
-template <typename State, typename Number, typename Each>
-void store_spikes(Number* spikes, State* buffer, const State* h, const Each each, int64_t count) {
-  fire_row(buffer, h, each, count);
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) store(spikes[i], buffer[i]);
-}
-
-template <int KIND, typename State, typename Each>
-void derivative_row(State* g, const State* h, State alpha, const Each each, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) g[i] = surrogate_derivative<KIND>(h[i] - each.threshold(i), alpha);
-}
-
-// c holds ∂L/∂v_t; gives ∂L/∂h_t, and ∂L/∂v_{t-1} in its place.
-template <bool SOFT, bool DETACH, typename State, typename Each>
-void gradient_row(State* dh, State* c, const State* a, const State* g, const State* h, const Each each, State reset,
-                  int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const State threshold = each.threshold(i), spike = fire(h[i], threshold);
-    dh[i] = a[i] * g[i] + c[i] * reset_slope<SOFT, DETACH>(h[i], spike, g[i], threshold, reset);
-    c[i] = dh[i] * each.decay(i);
-  }
-}
-
-// Adds this step's part of ∂L/∂θ; c holds ∂L/∂v_t.
-template <bool SOFT, bool DETACH, typename State, typename Each>
-void threshold_row(State* sum, const State* c, const State* a, const State* g, const State* h, const Each each,
-                   State reset, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const State threshold = each.threshold(i), spike = fire(h[i], threshold);
-    sum[i] += c[i] * reset_threshold_slope<SOFT, DETACH>(h[i], spike, g[i], threshold, reset) - a[i] * g[i];
-  }
-}
-
-template <bool DECAY_INPUT, typename State, typename Number, typename Each>
-void store_row(Number* grad_x, const State* dh, const Each each, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) store(grad_x[i], DECAY_INPUT ? dh[i] * each.inverse_tau(i) : dh[i]);
-}
-
-// Adds ∂L/∂h_t · ∂h_t/∂(1/τ).
-template <bool DECAY_INPUT, typename State>
-void time_constant_row(State* sum, const State* dh, const State* x, const State* v, State reset, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const State distance = v[i] - reset;
-    sum[i] += dh[i] * (DECAY_INPUT ? x[i] - distance : -distance);
-  }
-}
-
-template <typename State, typename Number, typename Each>
 class Lif {
  public:
-  explicit Lif(const LifArguments& arguments) : a(arguments) {
-    // A piece's rows stay in the first-level cache.
-    const int64_t rows = a.grad_x ? a.T + 8 : 4;
-    piece = std::min<int64_t>(4096, std::max<int64_t>(64, (1 << 15) / int64_t(sizeof(State)) / rows / 64 * 64));
-    pieces = (a.N + piece - 1) / piece;
-    exact = true;
-    for (int64_t channel = 0; channel < a.channels; ++channel) exact &= exact_inverse(State(a.tau[channel]));
+  typedef Vector<State> V;
+  typedef Block<State> B;
+
+  explicit Lif(const LifArguments& arguments) : a(arguments), reset(State(a.reset)), alpha(State(a.alpha)) {
+    const Number* written = static_cast<const Number*>(a.grad_x ? a.grad_x : a.spikes);
+    const bool aligned = reinterpret_cast<uintptr_t>(written) % 64 == 0 && a.N * sizeof(Number) % 64 == 0;
+    stream = aligned && a.T * a.N * int64_t(sizeof(Number)) > kCached;
   }
 
   void forward() const {
-#pragma omp parallel num_threads(a.threads)
-    {
-      Scratch<State> scratch(piece, 1);
-#pragma omp for schedule(static)
-      for (int64_t index = 0; index < pieces; ++index) forward_piece(index, scratch);
-    }
+    each_block([this](int64_t start, int64_t count, const B* constants, B*) {
+      a.soft ? forward_block<true>(start, count, constants) : forward_block<false>(start, count, constants);
+    });
   }
 
   void backward() const {
-#pragma omp parallel num_threads(a.threads)
-    {
-      Scratch<State> scratch(piece, a.T);
-#pragma omp for schedule(static)
-      for (int64_t index = 0; index < pieces; ++index) backward_piece(index, scratch);
-    }
+    each_block([this](int64_t start, int64_t count, const B* constants, B* h) {
+      if (a.soft) {
+        a.detach ? backward_block<true, true>(start, count, constants, h)
+                 : backward_block<true, false>(start, count, constants, h);
+      } else {
+        a.detach ? backward_block<false, true>(start, count, constants, h)
+                 : backward_block<false, false>(start, count, constants, h);
+      }
+    });
   }
 
  private:
   const LifArguments& a;
-  int64_t piece, pieces;
-  bool exact;  // whether multiplying by 1/τ equals dividing by τ
+  const State reset, alpha;
+  bool stream;  // whether rows are written past the cache
 
-  struct Place { int64_t start, count; Each each; };
-
-  Uniform<State> of_channel(int64_t channel) const {
-    const double tau = a.tau[channel];
-    // 1 - 1/τ is rounded once, from double.
-    return {State(tau), State(1) / State(tau), State(1.0 - 1.0 / tau), State(a.threshold[channel])};
-  }
-
-  Place place(int64_t index, Scratch<State>& s) const {
-    const int64_t start = index * piece, count = std::min(piece, a.N - start);
-    if constexpr (std::is_same_v<Each, Uniform<State>>) {
-      return {start, count, of_channel(0)};
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        const Uniform<State> own = of_channel((start + i) / a.channel_stride % a.channels);
-        s.tau[i] = own.tau_, s.inverse_tau[i] = own.inverse_tau_, s.decay[i] = own.decay_;
-        s.threshold[i] = own.threshold_;
+  // Calls action(start, count, constants[4], scratch[T]) for each block, each thread taking one run of neighbours.
+  template <typename Action>
+  void each_block(Action action) const {
+    const int64_t blocks = (a.N + B::kSize - 1) / B::kSize;
+    const int threads = int(std::clamp<int64_t>(a.T * a.N / kGrain, 1, a.threads));
+#pragma omp parallel num_threads(threads)
+    {
+      std::vector<B> scratch(a.T);
+      B constants[4];
+      const State* values = static_cast<const State*>(a.constants);
+      for (int i = 0; i < 4; ++i) constants[i] = filled(values[i * a.channels]);
+#pragma omp for schedule(static)
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t start = block * B::kSize;
+        if (a.channels > 1) fill_constants(constants, start);
+        action(start, std::min<int64_t>(B::kSize, a.N - start), constants, scratch.data());
       }
-      return {start, count, {s.tau, s.inverse_tau, s.decay, s.threshold}};
+      finish_streams();
     }
   }
 
-  void start_at_rest(State* v, const Place& p) const {
-    if (a.v_init) {
-      std::copy_n(static_cast<const State*>(a.v_init) + p.start, p.count, v);
-    } else {
-      std::fill_n(v, p.count, State(a.reset));
+  void fill_constants(B* constants, int64_t start) const {
+    const State* values = static_cast<const State*>(a.constants);
+    int64_t channel = start / a.channel_stride % a.channels, left = a.channel_stride - start % a.channel_stride;
+    if (left >= B::kSize) {
+      for (int i = 0; i < 4; ++i) constants[i] = filled(values[i * a.channels + channel]);
+      return;
+    }
+    State rows[4][B::kSize];
+    for (int lane = 0; lane < B::kSize; ++lane, --left) {
+      if (left == 0) left = a.channel_stride, channel = channel + 1 == a.channels ? 0 : channel + 1;
+      for (int i = 0; i < 4; ++i) rows[i][lane] = values[i * a.channels + channel];
+    }
+    for (int i = 0; i < 4; ++i) constants[i] = load_block<State>(rows[i], B::kSize);
+  }
+
+  B start_at_rest(int64_t start, int64_t count) const {
+    return a.v_init ? load_block<State>(static_cast<const State*>(a.v_init) + start, count) : filled(reset);
+  }
+
+  B x_block(int64_t t, int64_t start, int64_t count) const {
+    return load_block<State>(static_cast<const Number*>(a.x) + t * a.x_stride + start, count);
+  }
+
+  void store_state(void* to, const B& block, int64_t start, int64_t count) const {
+    if (to) store_block(static_cast<State*>(to) + start, block, count, false);
+  }
+
+  template <int KIND>
+  static SEAL_INLINE B charge_as(const B& v, const B& x, const B* constants, State reset) {
+    B h;
+    SEAL_EACH_PART(i) {
+      h.part[i] = charge<KIND>(v.part[i], x.part[i], constants[TAU].part[i], constants[INVERSE_TAU].part[i],
+                               constants[DECAY_FACTOR].part[i], reset);
+    }
+    return h;
+  }
+
+  SEAL_INLINE B charged(const B& v, const B& x, const B* constants) const {
+    switch (a.charge) {
+      case DECAY: return charge_as<DECAY>(v, x, constants, reset);
+      case LEAK_DIVIDE: return charge_as<LEAK_DIVIDE>(v, x, constants, reset);
+      case LEAK_MULTIPLY: return charge_as<LEAK_MULTIPLY>(v, x, constants, reset);
+      case FILTER_DIVIDE: return charge_as<FILTER_DIVIDE>(v, x, constants, reset);
+      default: return charge_as<FILTER_MULTIPLY>(v, x, constants, reset);
     }
   }
 
-  const State* x_row(int64_t t, Scratch<State>& s, const Place& p) const {
-    return loaded(static_cast<const Number*>(a.x) + t * a.x_stride + p.start, s.x, p.count);
+  SEAL_INLINE B fired(const B& h, const B* constants) const {
+    B spikes;
+    SEAL_EACH_PART(i) spikes.part[i] = fire(h.part[i], constants[THRESHOLD].part[i]);
+    return spikes;
   }
 
-  void charge_step(State* h, const State* v, const State* x, const Place& p) const {
-    const State reset = State(a.reset);
-    if (!a.decay_input && a.reset == 0) return charge_row<DECAY>(h, v, x, p.each, reset, p.count);
-    if (a.decay_input) {
-      return exact ? charge_row<FILTER_MULTIPLY>(h, v, x, p.each, reset, p.count)
-                   : charge_row<FILTER_DIVIDE>(h, v, x, p.each, reset, p.count);
+  template <bool SOFT>
+  SEAL_INLINE B after_reset(const B& h, const B& spikes, const B* constants) const {
+    B v;
+    SEAL_EACH_PART(i) {
+      v.part[i] = reset_potential<SOFT>(h.part[i], spikes.part[i], constants[THRESHOLD].part[i], reset);
     }
-    return exact ? charge_row<LEAK_MULTIPLY>(h, v, x, p.each, reset, p.count)
-                 : charge_row<LEAK_DIVIDE>(h, v, x, p.each, reset, p.count);
+    return v;
   }
 
-  void reset_step(State* v, const State* h, const Place& p) const {
-    const State reset = State(a.reset);
-    a.soft ? reset_row<true>(v, h, p.each, reset, p.count) : reset_row<false>(v, h, p.each, reset, p.count);
-  }
-
-  void forward_piece(int64_t index, Scratch<State>& s) const {
-    const Place p = place(index, s);
-    start_at_rest(s.v, p);
+  template <bool SOFT>
+  SEAL_INLINE void forward_block(int64_t start, int64_t count, const B* constants) const {
+    B v = start_at_rest(start, count);
     for (int64_t t = 0; t < a.T; ++t) {
-      charge_step(s.h, s.v, x_row(t, s, p), p);
-      store_spikes(static_cast<Number*>(a.spikes) + t * a.N + p.start, s.x, s.h, p.each, p.count);
-      reset_step(s.v, s.h, p);
+      const B h = charged(v, x_block(t, start, count), constants);
+      const B spikes = fired(h, constants);
+      store_block(static_cast<Number*>(a.spikes) + t * a.N + start, spikes, count, stream);
+      if (a.packed) pack_block(a.packed + t * ((a.N + 7) / 8) + start / 8, spikes, count);
+      v = after_reset<SOFT>(h, spikes, constants);
     }
-    if (a.v_last) std::copy_n(s.v, p.count, static_cast<State*>(a.v_last) + p.start);
-  }
-
-  void backward_piece(int64_t index, Scratch<State>& s) const {
-    const Place p = place(index, s);
-    start_at_rest(s.v, p);
-    for (int64_t t = 0; t < a.T; ++t) {
-      State* h = s.h + t * piece;
-      charge_step(h, s.v, x_row(t, s, p), p);
-      reset_step(s.v, h, p);
-    }
-    if (a.grad_v_last) {
-      std::copy_n(static_cast<const State*>(a.grad_v_last) + p.start, p.count, s.c);
-    } else {
-      std::fill_n(s.c, p.count, State(0));
-    }
-    std::fill_n(s.grad_threshold, p.count, State(0));
-    std::fill_n(s.grad_inverse_tau, p.count, State(0));
-    for (int64_t t = a.T - 1; t >= 0; --t) step_back(t, s, p);
-    if (a.grad_v_init) std::copy_n(s.c, p.count, static_cast<State*>(a.grad_v_init) + p.start);
-    if (a.grad_threshold) std::copy_n(s.grad_threshold, p.count, static_cast<State*>(a.grad_threshold) + p.start);
-    if (a.grad_inverse_tau) {
-      std::copy_n(s.grad_inverse_tau, p.count, static_cast<State*>(a.grad_inverse_tau) + p.start);
-    }
-  }
-
-  void step_back(int64_t t, Scratch<State>& s, const Place& p) const {
-    const State* h = s.h + t * piece;
-    const int64_t offset = t * a.N + p.start;
-    derivative_step(s.g, h, p);
-    gradient_step(s, loaded(static_cast<const Number*>(a.grad_spikes) + offset, s.a, p.count), h, p);
-    Number* grad_x = static_cast<Number*>(a.grad_x) + offset;
-    a.decay_input ? store_row<true>(grad_x, s.dh, p.each, p.count) : store_row<false>(grad_x, s.dh, p.each, p.count);
-    if (!a.grad_inverse_tau) return;
-    if (t > 0) {
-      reset_step(s.v, s.h + (t - 1) * piece, p);
-    } else {
-      start_at_rest(s.v, p);
-    }
-    const auto add = a.decay_input ? time_constant_row<true, State> : time_constant_row<false, State>;
-    add(s.grad_inverse_tau, s.dh, x_row(t, s, p), s.v, State(a.reset), p.count);
-  }
-
-  void derivative_step(State* g, const State* h, const Place& p) const {
-    const State alpha = State(a.alpha);
-    switch (a.surrogate) {
-      case SIGMOID: return derivative_row<SIGMOID>(g, h, alpha, p.each, p.count);
-      case ATAN: return derivative_row<ATAN>(g, h, alpha, p.each, p.count);
-      case PIECEWISE_QUADRATIC: return derivative_row<PIECEWISE_QUADRATIC>(g, h, alpha, p.each, p.count);
-      case PIECEWISE_EXP: return derivative_row<PIECEWISE_EXP>(g, h, alpha, p.each, p.count);
-      case SOFT_SIGN: return derivative_row<SOFT_SIGN>(g, h, alpha, p.each, p.count);
-      case SUPER_SPIKE: return derivative_row<SUPER_SPIKE>(g, h, alpha, p.each, p.count);
-      case ERF: return derivative_row<ERF>(g, h, alpha, p.each, p.count);
-      case TRIANGLE: return derivative_row<TRIANGLE>(g, h, alpha, p.each, p.count);
-      default: return derivative_row<RECTANGLE>(g, h, alpha, p.each, p.count);
-    }
-  }
-
-  void gradient_step(Scratch<State>& s, const State* upstream, const State* h, const Place& p) const {
-    if (a.soft) {
-      a.detach ? gradient_of<true, true>(s, upstream, h, p) : gradient_of<true, false>(s, upstream, h, p);
-    } else {
-      a.detach ? gradient_of<false, true>(s, upstream, h, p) : gradient_of<false, false>(s, upstream, h, p);
-    }
+    store_state(a.v_last, v, start, count);
   }
 
   template <bool SOFT, bool DETACH>
-  void gradient_of(Scratch<State>& s, const State* upstream, const State* h, const Place& p) const {
-    const State reset = State(a.reset);
-    if (a.grad_threshold) {
-      threshold_row<SOFT, DETACH>(s.grad_threshold, s.c, upstream, s.g, h, p.each, reset, p.count);
+  SEAL_INLINE void backward_block(int64_t start, int64_t count, const B* constants, B* h) const {
+    B v = start_at_rest(start, count);
+    for (int64_t t = 0; t < a.T; ++t) {
+      h[t] = charged(v, x_block(t, start, count), constants);
+      v = after_reset<SOFT>(h[t], fired(h[t], constants), constants);
     }
-    gradient_row<SOFT, DETACH>(s.dh, s.c, upstream, s.g, h, p.each, reset, p.count);
+    B c = a.grad_v_last ? load_block<State>(static_cast<const State*>(a.grad_v_last) + start, count) : B{};
+    B threshold_sum = {}, inverse_tau_sum = {};
+    for (int64_t t = a.T - 1; t >= 0; --t) {
+      const B upstream = load_block<State>(static_cast<const Number*>(a.grad_spikes) + t * a.grad_stride + start, count);
+      const B g = derivative(h[t], constants), spikes = fired(h[t], constants);
+      B dh, dx;
+      SEAL_EACH_PART(i) {
+        const V threshold = constants[THRESHOLD].part[i], own = h[t].part[i], spike = spikes.part[i];
+        if (a.grad_threshold) {
+          const V slope = reset_threshold_slope<SOFT, DETACH>(own, spike, g.part[i], threshold, reset);
+          threshold_sum.part[i] += c.part[i] * slope - upstream.part[i] * g.part[i];
+        }
+        const V slope = reset_slope<SOFT, DETACH>(own, spike, g.part[i], threshold, reset);
+        dh.part[i] = upstream.part[i] * g.part[i] + c.part[i] * slope;
+        dx.part[i] = a.decay_input ? dh.part[i] * constants[INVERSE_TAU].part[i] : dh.part[i];
+        c.part[i] = dh.part[i] * constants[DECAY_FACTOR].part[i];
+      }
+      store_block(static_cast<Number*>(a.grad_x) + t * a.N + start, dx, count, stream);
+      if (a.grad_inverse_tau) {
+        v = t ? after_reset<SOFT>(h[t - 1], fired(h[t - 1], constants), constants) : start_at_rest(start, count);
+        const B x = x_block(t, start, count);
+        SEAL_EACH_PART(i) {
+          const V distance = v.part[i] - reset;
+          inverse_tau_sum.part[i] += dh.part[i] * (a.decay_input ? x.part[i] - distance : -distance);
+        }
+      }
+    }
+    store_state(a.grad_v_init, c, start, count);
+    store_state(a.grad_threshold, threshold_sum, start, count);
+    store_state(a.grad_inverse_tau, inverse_tau_sum, start, count);
+  }
+
+  template <int KIND>
+  SEAL_INLINE B derivative_of(const B& h, const B* constants) const {
+    B g;
+    SEAL_EACH_PART(i) g.part[i] = surrogate_derivative<KIND>(h.part[i] - constants[THRESHOLD].part[i], alpha);
+    return g;
+  }
+
+  SEAL_INLINE B derivative(const B& h, const B* constants) const {
+    switch (a.surrogate) {
+      case SIGMOID: return derivative_of<SIGMOID>(h, constants);
+      case ATAN: return derivative_of<ATAN>(h, constants);
+      case PIECEWISE_QUADRATIC: return derivative_of<PIECEWISE_QUADRATIC>(h, constants);
+      case PIECEWISE_EXP: return derivative_of<PIECEWISE_EXP>(h, constants);
+      case SOFT_SIGN: return derivative_of<SOFT_SIGN>(h, constants);
+      case SUPER_SPIKE: return derivative_of<SUPER_SPIKE>(h, constants);
+      case ERF: return derivative_of<ERF>(h, constants);
+      case TRIANGLE: return derivative_of<TRIANGLE>(h, constants);
+      default: return derivative_of<RECTANGLE>(h, constants);
+    }
   }
 };
-
-template <typename State, typename Number, typename Action>
-void with_constants(const LifArguments& arguments, Action action) {
-  if (arguments.channels == 1) {
-    action(Lif<State, Number, Uniform<State>>(arguments));
-  } else {
-    action(Lif<State, Number, Varied<State>>(arguments));
-  }
-}
 
 template <typename Action>
 int with_types(const LifArguments& arguments, Action action) {
   switch (arguments.dtype) {
-    case 0: with_constants<float, float>(arguments, action); return 0;
-    case 1: with_constants<float, bfloat16>(arguments, action); return 0;
-    case 2: with_constants<float, float16>(arguments, action); return 0;
-    case 3: with_constants<double, double>(arguments, action); return 0;
+    case 0: action(Lif<float, float>(arguments)); return 0;
+    case 1: action(Lif<float, bfloat16>(arguments)); return 0;
+    case 2: action(Lif<float, float16>(arguments)); return 0;
+    case 3: action(Lif<double, double>(arguments)); return 0;
     default: return 1;
   }
 }

@@ -1,6 +1,7 @@
 // One time step of a LIF neuron, for CUDA and native CPU code: the operations of reference.py, in its order.
 //
 // Compiled without contraction to fused multiply-adds, so that spikes and potentials equal the reference bit for bit.
+// State and Constant are a number or, in native code, a vector of them; Scalar is a number.
 #pragma once
 
 #include "../launch/numbers.h"
@@ -14,8 +15,8 @@ enum ChargeKind {
   FILTER_MULTIPLY
 };
 
-template <int KIND, typename State>
-SEAL_FN State charge(State v, State x, State tau, State inverse_tau, State decay, State reset) {
+template <int KIND, typename State, typename Constant, typename Scalar>
+SEAL_FN State charge(State v, State x, Constant tau, Constant inverse_tau, Constant decay, Scalar reset) {
   if (KIND == DECAY) return v * decay + x;
   const State distance = v - reset;
   if (KIND == LEAK_DIVIDE) return v - distance / tau + x;
@@ -25,27 +26,29 @@ SEAL_FN State charge(State v, State x, State tau, State inverse_tau, State decay
 }
 
 // 1 where the neuron fires, else 0; NaN does not fire.
-template <typename State>
-SEAL_FN State fire(State h, State threshold) {
-  return h - threshold >= 0 ? State(1) : State(0);
+template <typename State, typename Constant>
+SEAL_FN State fire(State h, Constant threshold) {
+  const State zero = {}, one = zero + 1;
+  return h - threshold >= zero ? one : zero;
 }
 
-template <bool SOFT, typename State>
-SEAL_FN State reset_potential(State h, State spike, State threshold, State reset) {
+template <bool SOFT, typename State, typename Constant, typename Scalar>
+SEAL_FN State reset_potential(State h, State spike, Constant threshold, Scalar reset) {
   if (SOFT) return h - spike * threshold;
-  return (State(1) - spike) * h + spike * reset;
+  return (1 - spike) * h + spike * reset;
 }
 
 // ∂v/∂h across the reset; g is the surrogate derivative.
-template <bool SOFT, bool DETACH, typename State>
-SEAL_FN State reset_slope(State h, State spike, State g, State threshold, State reset) {
-  if (SOFT) return DETACH ? State(1) : State(1) - threshold * g;
-  return DETACH ? State(1) - spike : (State(1) - spike) + (reset - h) * g;
+template <bool SOFT, bool DETACH, typename State, typename Constant, typename Scalar>
+SEAL_FN State reset_slope(State h, State spike, State g, Constant threshold, Scalar reset) {
+  const State one = State{} + 1;
+  if (SOFT) return DETACH ? one : 1 - threshold * g;
+  return DETACH ? 1 - spike : (1 - spike) + (reset - h) * g;
 }
 
 // ∂v/∂θ across the reset.
-template <bool SOFT, bool DETACH, typename State>
-SEAL_FN State reset_threshold_slope(State h, State spike, State g, State threshold, State reset) {
+template <bool SOFT, bool DETACH, typename State, typename Constant, typename Scalar>
+SEAL_FN State reset_threshold_slope(State h, State spike, State g, Constant threshold, Scalar reset) {
   if (SOFT) return DETACH ? -spike : threshold * g - spike;
-  return DETACH ? State(0) : -(reset - h) * g;
+  return DETACH ? State{} : -(reset - h) * g;
 }

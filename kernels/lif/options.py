@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,35 @@ class Options:
     surrogate: Surrogate
     detach_reset: bool
 
-    def per_channel(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """τ and threshold as float64 tensors [C], or [1] where both are the same for all channels."""
+    @property
+    def in_tensors(self) -> bool:
+        """Whether tau or v_threshold is a tensor, whose values a launcher cannot know without waiting for the device."""
+        return isinstance(self.tau, torch.Tensor) or isinstance(self.v_threshold, torch.Tensor)
+
+    @property
+    def exact_inverse(self) -> bool:
+        """Whether multiplying by 1/τ is known to equal dividing by τ: τ is a float and a power of two."""
+        return not isinstance(self.tau, torch.Tensor) and math.frexp(self.tau)[0] == 0.5
+
+    @property
+    def charge_kind(self) -> int:
+        """Which ChargeKind of neuron.cuh charges the potential."""
+        if not self.decay_input and not self.v_reset:
+            return 0  # DECAY
+        return (3 if self.decay_input else 1) + self.exact_inverse  # FILTER or LEAK, each _DIVIDE, then _MULTIPLY
+
+    def numbers(self) -> tuple[float, float, float, float]:
+        """τ, 1/τ, 1 - 1/τ and threshold, where none of them is a tensor. Kernels round them to the state's dtype."""
+        return self.tau, 1.0 / self.tau, 1.0 - 1.0 / self.tau, self.v_threshold
+
+    def constants(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """τ, 1/τ, 1 - 1/τ and threshold as a tensor [4, C] of the state's dtype, rounded once; C is 1 where it can be."""
+        if not self.in_tensors:
+            return torch.tensor(self.numbers(), dtype=dtype, device=device).unsqueeze(1)
         values = [
             torch.as_tensor(value, dtype=torch.float64, device=device).detach().reshape(-1)
             for value in (self.tau, self.v_threshold)
         ]
         channels = max(value.numel() for value in values)
-        return tuple(value.expand(channels).contiguous() for value in values)
+        tau, threshold = (value.expand(channels) for value in values)
+        return torch.stack([tau, 1.0 / tau, 1.0 - 1.0 / tau, threshold]).to(dtype)

@@ -8,39 +8,41 @@ enum SurrogateKind {
   SIGMOID, ATAN, PIECEWISE_QUADRATIC, PIECEWISE_EXP, SOFT_SIGN, SUPER_SPIKE, ERF, TRIANGLE, RECTANGLE
 };
 
-template <int KIND, typename State>
-SEAL_FN State surrogate_derivative(State u, State alpha) {
-  const State one = 1, two = 2;
-  const State magnitude = u < 0 ? -u : u;
+// State is a number or, in native code, a vector of them; Scalar is a number.
+template <int KIND, typename State, typename Scalar>
+SEAL_FN State surrogate_derivative(State u, Scalar alpha) {
+  const State zero = {}, magnitude = u < zero ? -u : u;
+  const Scalar half = Scalar(0.5);
   if (KIND == SIGMOID) {
     // p(1-p) = e/(1+e)^2 with e = exp(-α|u|): no cancellation where p is near 1.
-    const State e = exp_negative(-alpha * magnitude);
-    return alpha * e / ((one + e) * (one + e));
+    const State e = exp_negative(magnitude * -alpha), sum = 1 + e;
+    return alpha * e / (sum * sum);
   }
   if (KIND == ATAN) {
-    const State scaled = u * (static_cast<State>(1.5707963267948966) * alpha);
-    return (alpha / two) / (one + scaled * scaled);
+    const State scaled = u * (Scalar(1.5707963267948966) * alpha);
+    return (half * alpha) / (1 + scaled * scaled);
   }
   if (KIND == PIECEWISE_QUADRATIC) {
-    const State value = alpha - alpha * alpha * magnitude;
-    return value < 0 ? State(0) : value;
+    const State value = alpha - (alpha * alpha) * magnitude;
+    return value < zero ? zero : value;
   }
-  if (KIND == PIECEWISE_EXP) return (alpha / two) * exp_negative(-alpha * magnitude);
+  if (KIND == PIECEWISE_EXP) return (half * alpha) * exp_negative(magnitude * -alpha);
   if (KIND == SOFT_SIGN) {
-    const State width = one / alpha + magnitude;
-    return one / (two * alpha * width * width);
+    const State width = Scalar(1) / alpha + magnitude;
+    return half / (alpha * width * width);
   }
   if (KIND == SUPER_SPIKE) {
-    const State width = one + magnitude;
+    const State width = 1 + magnitude;
     return alpha / (width * width);
   }
   if (KIND == ERF) {
     const State scaled = u * alpha;
-    return alpha * static_cast<State>(0.5641895835477563) * exp_negative(-scaled * scaled);  // 1/√π
+    return (alpha * Scalar(0.5641895835477563)) * exp_negative(-scaled * scaled);  // 1/√π
   }
   if (KIND == TRIANGLE) {
-    const State value = one - magnitude;
-    return value < 0 ? State(0) : alpha * value;
+    const State value = 1 - magnitude;
+    return value < zero ? zero : alpha * value;
   }
-  return magnitude < static_cast<State>(0.5) / alpha ? alpha : State(0);  // RECTANGLE
+  const State inside = zero + alpha;  // RECTANGLE
+  return magnitude < zero + half / alpha ? inside : zero;
 }

@@ -44,7 +44,7 @@ class Neuron(LIFNode):
                 return_membrane_input=return_membrane_input,
             )
         steps = y.expand(time_steps, *y.shape) if static else y.unflatten(0, (time_steps, -1))
-        return ops.lif(steps, **self.options)[0].flatten(0, 1)
+        return ops.lif(steps, return_v_last=False, **self.options)[0].flatten(0, 1)
 
 
 class Block(nn.Module):

@@ -76,5 +76,5 @@ def bn_lif(
     resolve(lif.backend, "bn_lif", y.device)
     steps, membrane_input = reference.membrane_input(y, bn, time_steps=time_steps, residual=residual, static=static)
     options = {name: getattr(lif, name) for name in (*NEURON_OPTIONS, "backend")}
-    spikes = lif_operator(steps, **options)[0].flatten(0, 1)
+    spikes = lif_operator(steps, return_v_last=False, **options)[0].flatten(0, 1)
     return (spikes, membrane_input) if return_membrane_input else spikes

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from ..backends import resolve
 from ..kernels.launch.layout import as_rows, empty_rows
-from ..kernels.lif import cpu, reference
+from ..kernels.lif import reference
 from ..kernels.lif.options import Options
+from ..kernels.packing.reference import bytes_of, pack
 from ..kernels.surrogate.reference import Surrogate
 from ._arguments import neuron_options, require_device, require_float_tensor, require_per_channel, shape
-
-_KERNELS = {"cpu": cpu}
 
 
 def lif(
@@ -25,8 +28,10 @@ def lif(
     surrogate: str | Surrogate = "sigmoid",
     detach_reset: bool = False,
     v_init: Tensor | None = None,
+    return_v_last: bool = True,
+    return_packed: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
     """Run LIF neurons over all T time steps.
 
     Charge is h = v + (x - (v - v_reset))/tau, or h = v - (v - v_reset)/tau + x without `decay_input`; a spike fires
@@ -43,11 +48,15 @@ def lif(
         surrogate: Name of the surrogate gradient, or a `Surrogate` with its own alpha.
         detach_reset: Whether the reset passes no gradient to the spike.
         v_init: Membrane potential before the first step, shape of x[0]. None: v_reset, or 0 with soft reset.
+        return_v_last: Whether v_last is wanted; else None takes its place, and it is not written.
+        return_packed: Whether to return the spikes as bits as well.
         backend: "auto", "triton", "cupy", "cpu" or "torch". Only "torch" can be differentiated twice.
 
     Returns:
         spikes: 0 or 1, with the shape, dtype and strides of x.
         v_last: Membrane potential after the last step, shape of x[0]; float32 for 16-bit x, else x's dtype.
+        packed: With `return_packed`; uint8 [T, ceil(N/8)], where N neurons lie in memory in the order of x[0]: bit i of
+            byte j is the spike of neuron 8j + i.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -66,11 +75,13 @@ def lif(
             raise ValueError(f"v_init must have the shape of x[0], {list(x.shape[1:])}; got {shape(v_init)}.")
     chosen = resolve(backend, "lif", x.device)
     if chosen == "torch":
-        return reference.lif(x, v_init=v_init, **options)
+        spikes, v_last = reference.lif(x, v_init=v_init, **options)
+        outputs = spikes, v_last if return_v_last else None
+        return (*outputs, pack(spikes.detach())) if return_packed else outputs
     surrogate = options["surrogate"]
     tau, tau_tensor = _number_and_tensor(tau)
     threshold, threshold_tensor = _number_and_tensor(v_threshold)
-    return _lif(
+    spikes, v_last, packed = _lif(
         x,
         v_init,
         tau_tensor,
@@ -83,7 +94,11 @@ def lif(
         surrogate.alpha,
         detach_reset,
         chosen,
+        return_v_last,
+        return_packed,
     )
+    outputs = spikes, v_last if return_v_last else None
+    return (*outputs, packed) if return_packed else outputs
 
 
 def _number_and_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:
@@ -109,17 +124,29 @@ def _options(tau_tensor, threshold_tensor, tau, threshold, decay_input, v_reset,
     )
 
 
+@functools.cache
+def _kernel(backend: str) -> ModuleType:
+    """The module of a backend's kernels, which loads what the backend needs."""
+    return importlib.import_module(f"..kernels.lif.{backend}", __package__)
+
+
 @torch.library.custom_op(
-    "seal_fast::lif", mutates_args=(), schema=f"(Tensor x, Tensor? v_init, {_OPTIONS}) -> (Tensor, Tensor)"
+    "seal_fast::lif",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor? v_init, {_OPTIONS}, bool keep_v, bool pack) -> (Tensor, Tensor, Tensor)",
 )
-def _lif(x, v_init, *options):
-    return _KERNELS[options[-1]].forward(x, v_init, _options(*options))
+def _lif(x, v_init, *arguments):
+    *options, keep_v, pack = arguments
+    outputs = _kernel(options[-1]).forward(x, v_init, _options(*options), keep_v=keep_v, pack=pack)
+    return tuple(x.new_empty(0) if output is None else output for output in outputs)
 
 
 @_lif.register_fake
-def _(x, v_init, *options):
+def _(x, v_init, *arguments):
+    *_, keep_v, pack = arguments
     spikes = empty_rows(as_rows(x))
-    return spikes, torch.empty_like(spikes[0], dtype=reference.state_dtype(x.dtype))
+    v_last = torch.empty_like(spikes[0], dtype=reference.state_dtype(x.dtype)) if keep_v else x.new_empty(0)
+    return spikes, v_last, x.new_empty(bytes_of(x), dtype=torch.uint8) if pack else x.new_empty(0)
 
 
 @torch.library.custom_op(
@@ -133,30 +160,35 @@ def _(x, v_init, *options):
 def _lif_backward(grad_spikes, grad_v_last, x, v_init, tau_tensor, threshold_tensor, *options):
     learned = tau_tensor is not None or threshold_tensor is not None
     options = (tau_tensor, threshold_tensor, *options)
-    kernel = _KERNELS[options[-1]]
-    grads = kernel.backward(grad_spikes, grad_v_last, x, v_init, _options(*options), parameters=learned)
+    grads = _kernel(options[-1]).backward(
+        grad_spikes, grad_v_last, x, v_init, _options(*options), parameters=learned
+    )
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @_lif_backward.register_fake
 def _(grad_spikes, grad_v_last, x, v_init, tau_tensor, threshold_tensor, *options):
     grad_x = empty_rows(as_rows(x))
-    state = torch.empty_like(grad_x[0], dtype=reference.state_dtype(x.dtype))
     learned = tau_tensor is not None or threshold_tensor is not None
-    parts = [torch.empty_like(state) if learned else x.new_empty(0) for _ in range(2)]
-    return grad_x, state, *parts
+    dtype = reference.state_dtype(x.dtype)
+    return grad_x, *(
+        torch.empty_like(grad_x[0], dtype=dtype) if wanted else x.new_empty(0)
+        for wanted in (v_init is not None, learned, learned)
+    )
 
 
 def _save(ctx, inputs, output):
-    x, v_init, tau_tensor, threshold_tensor, *ctx.options = inputs
+    x, v_init, tau_tensor, threshold_tensor, *ctx.options, ctx.keep_v, _ = inputs
     ctx.save_for_backward(x, v_init, tau_tensor, threshold_tensor)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_spikes, grad_v_last):
+def _backward(ctx, grad_spikes, grad_v_last, _):
     x, v_init, tau_tensor, threshold_tensor = ctx.saved_tensors
     if grad_spikes is None:
-        grad_spikes = torch.zeros_like(x)
+        grad_spikes = torch.zeros_like(x[:1]).expand_as(x)
+    if not ctx.keep_v:
+        grad_v_last = None
     grad_x, grad_v_init, grad_threshold, grad_inverse_tau = _lif_backward(
         grad_spikes, grad_v_last, x, v_init, tau_tensor, threshold_tensor, *ctx.options
     )
@@ -168,7 +200,7 @@ def _backward(ctx, grad_spikes, grad_v_last):
         None if v_init is None else grad_v_init.to(v_init.dtype),
         grad_tau,
         None if threshold_tensor is None else _summed_like(grad_threshold, threshold_tensor),
-        *[None] * len(ctx.options),
+        *[None] * (len(ctx.options) + 2),
     )
 
 

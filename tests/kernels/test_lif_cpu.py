@@ -82,7 +82,9 @@ def test_all_of_the_outputs_are_written(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty_strided", poisoned)
             patch.setattr(torch, "empty_like", poisoned_like)
-            outputs = (*kernel.forward(x, None, options), *kernel.backward(x, x[0], x, None, options, parameters=True))
+            spikes, v_last, _ = kernel.forward(x, None, options, keep_v=True, pack=False)
+            gradients = kernel.backward(x, x[0], x, x[0], options, parameters=True)
+        outputs = (spikes, v_last, *gradients)
         assert len(outputs) == 6
         assert all(not output.isnan().any() for output in outputs)
 
@@ -101,7 +103,7 @@ def test_opcheck(per_channel):
     x = torch.randn(3, 2, 4, 5, requires_grad=True)
     tau = torch.full((4,) if per_channel else (), 2.0, requires_grad=True)
     v_init = torch.zeros(2, 4, 5, requires_grad=True)
-    options = (0.0, 1.0, True, 0.0, "sigmoid", 4.0, False, "cpu")
+    options = (0.0, 1.0, True, 0.0, "sigmoid", 4.0, False, "cpu", True, True)
     torch.library.opcheck(torch.ops.seal_fast.lif.default, (x, v_init, tau, None, *options))
     channels_last = torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last).unflatten(0, (3, 2))
     torch.library.opcheck(torch.ops.seal_fast.lif.default, (channels_last, None, None, None, 2.0, *options[1:]))

@@ -1,0 +1,24 @@
+"""Spikes as bits in torch: the meaning of packed spikes.
+
+Spikes [T, ...] are T rows of N numbers in the order in which each x[t] lies in memory. Row t of the packed spikes
+[T, ceil(N/8)] holds spike 8j + i in bit i of byte j; bits beyond N are 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..launch.layout import memory_order
+
+
+def bytes_of(spikes: torch.Tensor) -> tuple[int, int]:
+    """Shape of the packed spikes."""
+    return spikes.shape[0], (spikes[0].numel() + 7) // 8
+
+
+def pack(spikes: torch.Tensor) -> torch.Tensor:  # [T, ...], 0 or 1 -> [T, ceil(N/8)] uint8
+    """Eight spikes to a byte."""
+    rows = memory_order(spikes).flatten(1)
+    bits = F.pad(rows, (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8)) != 0
+    return (bits.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=spikes.device)).sum(-1, dtype=torch.uint8)
