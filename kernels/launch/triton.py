@@ -1,0 +1,54 @@
+"""What every Triton kernel needs to start: one way to launch, numbers by value, and exact division.
+
+No file of kernels postpones its annotations (`from __future__ import annotations`): the interpreter of Triton 3.2
+recognises tl.constexpr only as an object.
+"""
+
+import contextlib
+import struct
+
+import torch
+import triton
+import triton.language as tl
+
+ACCESS = 16  # bytes that one thread reads or writes at once: the widest access there is
+
+
+def start(kernel, blocks: int, *arguments, device: torch.device, num_warps: int, **constants) -> None:
+    """Start `kernel` on `device` with one program a block.
+
+    Products and sums stay apart, as fused multiply-adds round differently; Triton's default changes between releases.
+    """
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        kernel[(blocks,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
+
+
+def aligned(dtype: torch.dtype, *strides: int) -> bool:
+    """Whether rows of `dtype` at these strides, in elements, all begin where one wide access can."""
+    return all(stride * dtype.itemsize % ACCESS == 0 for stride in strides)
+
+
+def argument(value: float, dtype: torch.dtype) -> float | int:
+    """`value` as a kernel takes it, for `number`. Triton passes floats as float32, so float64 goes as its bits."""
+    return struct.unpack("<q", struct.pack("<d", value))[0] if dtype == torch.float64 else float(value)
+
+
+@triton.jit
+def number(value, STATE: tl.constexpr):
+    """A number from `argument`, in the state's dtype."""
+    if STATE == tl.float64:
+        value = tl.cast(tl.cast(value, tl.int64), tl.float64, bitcast=True)
+    else:
+        value = tl.cast(value, STATE)
+    return value
+
+
+@triton.jit
+def divide(a, b):
+    """The quotient rounded to nearest, as IEEE has it; `/` is an approximation in float32."""
+    if a.dtype == tl.float64:
+        quotient = a / b
+    else:
+        quotient = tl.div_rn(a, b)
+    return quotient
