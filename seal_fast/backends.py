@@ -8,27 +8,32 @@ raises.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import warnings
 from typing import NamedTuple
 
 import torch
 
-from .kernels.launch import cpu
+from .kernels.launch import cpu, cupy
 
 BACKENDS = ("triton", "cupy", "cpu", "torch")  # fastest first
 OPERATORS = ("lif", "bn_lif", "seal_loss", "selective_alignment_weights")
 
 # operator -> backends that have a kernel for it
 _KERNELS: dict[str, tuple[str, ...]] = {
-    "lif": ("cpu", "torch"),
-    "bn_lif": ("cpu", "torch"),
+    "lif": BACKENDS,
+    "bn_lif": BACKENDS,
     "seal_loss": ("torch",),
     "selective_alignment_weights": ("torch",),
 }
-_DEVICES = {"cpu": "cpu"}  # backend -> the only type of device that it serves
-# backend -> why it cannot run here at all. Found out at import, as torch.compile cannot trace the loading of a library.
-_MISSING = {"cpu": cpu.missing()}
+_DEVICES = {"triton": "cuda", "cupy": "cuda", "cpu": "cpu"}  # backend -> the type of device that it serves
+# backend -> why it cannot run here at all. Found out at import, as torch.compile cannot trace the search.
+_MISSING = {
+    "triton": "" if importlib.util.find_spec("triton") else "Triton is not installed",
+    "cupy": cupy.missing(),
+    "cpu": cpu.missing(),
+}
 
 
 class Availability(NamedTuple):
@@ -71,6 +76,8 @@ def resolve(backend: str, operator: str, device: torch.device) -> str:
     found = {name: _availability(operator, name, device) for name in BACKENDS}
     able = [name for name, availability in found.items() if availability.available]
     if backend == "auto":
+        if device.type == "cpu":
+            able = [name for name in able if name != "triton"]  # its interpreter is for tests that ask for it
         if able[0] == "torch" and device.type == "cpu" and "cpu" in _KERNELS[operator]:
             _say_once(found["cpu"].reason)
         return able[0]
@@ -84,10 +91,13 @@ def resolve(backend: str, operator: str, device: torch.device) -> str:
 def _availability(operator: str, backend: str, device: torch.device | None = None) -> Availability:
     if backend not in _KERNELS[operator]:
         return Availability(False, f"this version has no {backend} kernel for it")
-    only = _DEVICES.get(backend)
-    if device is not None and only not in (None, device.type):
-        return Availability(False, f"it runs on {only} tensors, and these are on {device.type}")
+    serves = _DEVICES.get(backend)
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device is not None and serves not in (None, device.type) and not interpreted:
+        return Availability(False, f"it runs on {serves} tensors, and these are on {device.type}")
     reason = _MISSING.get(backend, "")
+    if not reason and device is None and serves == "cuda" and not interpreted and not torch.cuda.is_available():
+        reason = "torch finds no CUDA GPU"
     return Availability(not reason, reason)
 
 

@@ -1,0 +1,173 @@
+"""CUDA C++ kernels: compiled by NVRTC for one GPU, kept on disk, and started by CuPy on torch's stream.
+
+CuPy's RawModule is not used, because it compiles with -ftz=true, which makes small potentials zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+# No fused multiply-adds and, as is NVRTC's default, IEEE division: spikes equal the reference bit for bit.
+OPTIONS = ("--std=c++17", "--fmad=false")
+ACCESS = 16  # bytes that one thread reads or writes at once: the widest access there is
+
+
+def missing() -> str:
+    """Why CuPy cannot be used, or an empty string."""
+    if torch.version.hip is not None:
+        return "it needs CUDA, and this torch was built for ROCm"
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed; install cupy-cuda12x or cupy-cuda13x"
+    return ""
+
+
+@functools.cache
+def source(path: Path) -> str:
+    """The text of a .cu file, with each file that it includes put in its place once."""
+    seen = set()
+
+    def inlined(file: Path) -> str:
+        if file in seen:
+            return ""
+        seen.add(file)
+        text = file.read_text(encoding="utf-8").replace("#pragma once\n", "")
+        return re.sub(r'#include "(.+)"\n', lambda match: inlined((file.parent / match[1]).resolve()), text)
+
+    return inlined(path.resolve())
+
+
+def architecture(device: torch.device) -> str:
+    """What NVRTC compiles for: the device itself, or the newest one that NVRTC knows, for the driver to translate."""
+    from cupy.cuda import nvrtc
+
+    major, minor = torch.cuda.get_device_capability(device)
+    wanted = 10 * major + minor
+    known = [number for number in nvrtc.getSupportedArchs() if number <= wanted]
+    if not known:
+        raise RuntimeError(f"NVRTC {nvrtc.getVersion()} does not compile for compute capability {major}.{minor}.")
+    return f"sm_{wanted}" if wanted in known else f"compute_{max(known)}"
+
+
+def build(text: str, expression: str, arch: str) -> tuple[str, bytes]:
+    """Compile the kernel that the C++ expression names, a template's specialisation: its symbol, and a cubin or PTX."""
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(text, "kernel.cu", (), ())
+    try:
+        nvrtc.addNameExpression(program, expression)
+        nvrtc.compileProgram(program, (*OPTIONS, f"--gpu-architecture={arch}"))
+        code = nvrtc.getCUBIN(program) if arch.startswith("sm_") else nvrtc.getPTX(program)
+        return nvrtc.getLoweredName(program, expression), code.encode() if isinstance(code, str) else code
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"NVRTC cannot compile {expression}:\n{nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def cached(path: Path, expression: str, arch: str) -> tuple[str, bytes]:
+    """What `build` returns, from the disk where it has been there before. A file is its own checksum, symbol and code."""
+    from cupy.cuda import nvrtc
+
+    text = source(path)
+    key = "\0".join((text, expression, arch, *OPTIONS, str(nvrtc.getVersion())))
+    file = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.kernel"
+    with contextlib.suppress(OSError):
+        content = file.read_bytes()
+        if content[:32] == hashlib.sha256(content[32:]).digest():
+            symbol, code = content[32:].split(b"\0", 1)
+            return symbol.decode(), code
+    symbol, code = build(text, expression, arch)
+    content = symbol.encode() + b"\0" + code
+    with contextlib.suppress(OSError):  # a folder that cannot be written to
+        _replace(file, hashlib.sha256(content).digest() + content)
+    return symbol, code
+
+
+def _folder() -> Path:
+    """Where compiled kernels are kept: with CuPy's own if the user has chosen a place for these."""
+    if os.environ.get("CUPY_CACHE_DIR"):
+        return Path(os.environ["CUPY_CACHE_DIR"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "seal_fast"
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Write all of the file or nothing, whoever else writes or reads it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent)
+    try:
+        with open(handle, "wb") as stream:
+            stream.write(content)
+        os.replace(temporary, file)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+def launch(
+    path: Path,  # of the .cu file
+    expression: str,  # names the kernel in C++: a template's specialisation
+    blocks: int,
+    threads: int,
+    arguments: Sequence[torch.Tensor | int | float | None],
+    *,
+    real: torch.dtype,  # of the kernel's floating-point arguments
+    device: torch.device,
+) -> None:
+    """Start a kernel. It takes a tensor as a pointer, None as a null pointer, an int as int64_t."""
+    import numpy as np
+
+    number = np.float64 if real == torch.float64 else np.float32
+
+    def passed(argument):
+        if argument is None or isinstance(argument, torch.Tensor):
+            return np.uint64(0 if argument is None else argument.data_ptr())
+        return np.int64(argument) if isinstance(argument, int) else number(argument)
+
+    start(path, expression, blocks, threads, [passed(argument) for argument in arguments], device)
+
+
+def start(path: Path, expression: str, blocks: int, threads: int, arguments: list, device: torch.device) -> None:
+    """Start a kernel on torch's current stream of `device`, with arguments that are NumPy numbers."""
+    import cupy
+
+    with cupy.cuda.Device(device.index):
+        function = _function(path, expression, device)
+        function((blocks,), (threads,), arguments, stream=_stream(torch.cuda.current_stream(device).cuda_stream))
+
+
+@functools.cache
+def _function(path: Path, expression: str, device: torch.device):
+    import cupy
+
+    symbol, code = cached(path, expression, architecture(device))
+    module = cupy.cuda.Module()
+    module.load(code)
+    return module.get_function(symbol)
+
+
+class _External:
+    """A stream in the CUDA stream protocol, which torch's own streams do not follow in all versions."""
+
+    def __init__(self, pointer: int):
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+def _stream(pointer: int):
+    import cupy
+
+    if hasattr(cupy.cuda.Stream, "from_external"):  # since CuPy 14
+        return cupy.cuda.Stream.from_external(_External(pointer))
+    return cupy.cuda.ExternalStream(pointer)
