@@ -1,11 +1,12 @@
-# make demo: train and distil on handwritten digits.   make test: run the tests.   make lint: style.
-# Both make their own virtual environment in .venv first. PYTHON chooses the interpreter, 3.10 or newer.
+# make demo: train and distil on handwritten digits.   make test: run the tests.   make bench: measure.   make lint: style.
+# These make their own virtual environment in .venv first. PYTHON chooses the interpreter, 3.10 or newer.
+# make gpu: all that needs a GPU, with the Python that is active.
 
 PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := $(wildcard kernels/*/*.cpp kernels/*/*.h kernels/*/*.cuh)
 
-.PHONY: demo test long lint clean
+.PHONY: demo test long gpu bench lint clean
 
 demo: .venv/.train
 	@echo "==> A teacher and three spiking students on handwritten digits, on the GPU if there is one."
@@ -18,6 +19,14 @@ test: .venv/.test
 long: .venv/.test
 	@echo "==> The longer sweeps."
 	$(BIN)/python -m pytest -m long
+
+# With the Python that is active: it has the torch that fits the GPU, and nothing is fetched.
+gpu:
+	@echo "==> Tests, compute-sanitizer and benchmarks on the GPU, in less than ten minutes."
+	$(PYTHON) benchmarks/gpu.py
+
+bench: .venv/.test
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds
 
 lint: .venv/.test
 	$(BIN)/ruff check .

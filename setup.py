@@ -77,6 +77,16 @@ TRAIN = [
     "tqdm>=4.65",
 ]
 
+TEST = [
+    *TRAIN,
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "hypothesis>=6.100",
+    "spikingjelly",
+    "cupy-cuda12x; sys_platform == 'linux'",  # compiles CUDA C++ where there is no GPU, too
+    "ruff>=0.8",
+]
+
 setup(
     name="seal-fast",
     version=version["__version__"],
@@ -87,7 +97,7 @@ setup(
     python_requires=">=3.10",
     packages=packages,
     package_dir=ROOMS,
-    package_data={"seal_fast.kernels": ["*/*.cpp", "*/*.h", "*/*.cuh"]},
+    package_data={"seal_fast.kernels": ["*/*.cpp", "*/*.h", "*/*.cuh", "*/*.cu"]},
     ext_modules=[
         Extension(
             "seal_fast.kernels._cpu",
@@ -100,7 +110,9 @@ setup(
     install_requires=["torch>=2.6"],
     extras_require={
         "train": TRAIN,
-        "test": [*TRAIN, "pytest>=8", "hypothesis>=6.100", "spikingjelly", "ruff>=0.8"],
+        "test": TEST,
+        "cuda12": ["cupy-cuda12x"],  # the CuPy kernels, with CUDA 12's runtime or CUDA 13's
+        "cuda13": ["cupy-cuda13x"],
     },
     entry_points={
         "console_scripts": [

@@ -7,6 +7,7 @@ raises.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -86,6 +87,18 @@ def resolve(backend: str, operator: str, device: torch.device) -> str:
             f"backend {backend!r} cannot run {operator}, because {found[backend].reason}; {' or '.join(able)} can."
         )
     return backend
+
+
+def shown(backend: str, operator: str) -> str:
+    """`backend` as the text of a module shows it: with "auto", what it stands for on each type of device here."""
+    if backend != "auto":
+        return backend
+    types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    chosen = []
+    for name in types:
+        with contextlib.suppress(ValueError):  # SEAL_FAST_BACKEND names a kernel for devices of another type
+            chosen.append(f"{resolve(backend, operator, torch.device(name))} on {name}")
+    return f"auto ({', '.join(chosen)})"
 
 
 def _availability(operator: str, backend: str, device: torch.device | None = None) -> Availability:

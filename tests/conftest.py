@@ -1,19 +1,20 @@
 import os
 
 import pytest
+import torch
 
 import seal_fast
+from carry import carry
 
 BACKENDS = [name for name, can in seal_fast.backends()["lif"].items() if can.available]
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def each_backend(request):
-    """Let "auto" mean each backend that runs here in turn. Of module scope, as hypothesis needs."""
-    before = os.environ.get("SEAL_FAST_BACKEND")
-    os.environ["SEAL_FAST_BACKEND"] = request.param
-    yield request.param
-    if before is None:
-        del os.environ["SEAL_FAST_BACKEND"]
-    else:
-        os.environ["SEAL_FAST_BACKEND"] = before
+    """Let "auto" mean each backend that runs here in turn, for tensors on the CPU. Of module scope for hypothesis."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEAL_FAST_BACKEND", request.param)
+        if request.param in ("triton", "cupy") and os.environ.get("TRITON_INTERPRET") != "1":
+            carry(patch, request.param)
+        yield request.param
+    torch._dynamo.reset()

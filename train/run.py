@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from seal_fast import __version__
+from seal_fast import __version__, reuse_freed_memory
 from seal_fast.train import checkpoint, data, plots
 from seal_fast.train.engine import TrainingError, evaluate, train_epoch
 from seal_fast.train.options import FREE_ON_RESUME, UsageError, kernels_of, resolve
@@ -196,8 +196,9 @@ def _commit() -> str | None:
 
 
 def prepare(args: argparse.Namespace, role: str) -> argparse.Namespace:
-    """Resolve the options and seed every random generator."""
+    """Resolve the options, seed every random generator, and let memory be reused."""
     args = resolve(args, role=role)
+    reuse_freed_memory()
     torch.manual_seed(args.seed)
     return args
 

@@ -75,7 +75,7 @@ def build(text: str, expression: str, arch: str) -> tuple[str, bytes]:
 
 
 def cached(path: Path, expression: str, arch: str) -> tuple[str, bytes]:
-    """What `build` returns, from the disk where it has been there before. A file is its own checksum, symbol and code."""
+    """What `build` returns, from the disk if it is there. A file holds its own checksum, the symbol and the code."""
     from cupy.cuda import nvrtc
 
     text = source(path)
@@ -108,7 +108,7 @@ def _replace(file: Path, content: bytes) -> None:
         with open(handle, "wb") as stream:
             stream.write(content)
         os.replace(temporary, file)
-    except OSError:
+    except BaseException:
         os.unlink(temporary)
         raise
 
@@ -140,9 +140,10 @@ def start(path: Path, expression: str, blocks: int, threads: int, arguments: lis
     """Start a kernel on torch's current stream of `device`, with arguments that are NumPy numbers."""
     import cupy
 
+    stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
     with cupy.cuda.Device(device.index):
         function = _function(path, expression, device)
-        function((blocks,), (threads,), arguments, stream=_stream(torch.cuda.current_stream(device).cuda_stream))
+        function((blocks,), (threads,), arguments, stream=stream)
 
 
 @functools.cache
@@ -155,19 +156,8 @@ def _function(path: Path, expression: str, device: torch.device):
     return module.get_function(symbol)
 
 
-class _External:
-    """A stream in the CUDA stream protocol, which torch's own streams do not follow in all versions."""
+class _Stream:
+    """All that CuPy looks at. Its own Stream.from_external destroys torch's stream in the end, as of CuPy 14.2."""
 
     def __init__(self, pointer: int):
-        self.pointer = pointer
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.pointer
-
-
-def _stream(pointer: int):
-    import cupy
-
-    if hasattr(cupy.cuda.Stream, "from_external"):  # since CuPy 14
-        return cupy.cuda.Stream.from_external(_External(pointer))
-    return cupy.cuda.ExternalStream(pointer)
+        self.ptr = pointer

@@ -37,9 +37,7 @@ def like_row(tensor: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
 
 def like_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`tensor` [T, ...] itself if each step lies as the steps of `rows` do, at any stride along T, else a copy."""
-    if _alike(tensor[0], rows[0]):
-        return tensor
-    return torch.empty_strided(rows.shape, rows.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return tensor if _alike(tensor[0], rows[0]) else empty_rows(rows).copy_(tensor)
 
 
 def memory_order(rows: torch.Tensor) -> torch.Tensor:

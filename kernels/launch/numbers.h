@@ -76,7 +76,7 @@ template <typename Float>
 SEAL_FN auto bfloat16_of_float(Float value) {
   const auto bits = bits_of(value);
   const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x0040u : rounded;  // NaN stays NaN
+  return value != value ? (bits >> 16) | 0x0040u : rounded;  // NaN stays NaN
 }
 
 template <typename Float>
@@ -119,32 +119,75 @@ SEAL_FN float load(float16 value) { return float_of_float16(static_cast<uint32_t
 SEAL_FN void store(float16& out, float value) { out.bits = static_cast<uint16_t>(float16_of_float(value)); }
 #endif
 
-// e^x for x <= 0.
-#ifdef __CUDACC__
-SEAL_FN float exp_negative(float x) { return expf(x); }
-#else
-// a b + c, in one rounding where the instruction set has it: for gradients, never where spikes are decided.
+// a b + c, in one rounding where native code has the instruction: for gradients, and where a b is exact.
 template <typename Float>
 struct Fused {
   static SEAL_INLINE Float multiply_add(Float a, Float b, Float c) { return a * b + c; }
 };
 
-// Relative error 2e-7, and without fused multiply-add 6e-8 |x| more; 2^-125 takes the place of what is less.
 template <typename Float>
-SEAL_FN Float exp_negative(Float x) {
-  typedef Fused<Float> F;
-  const Float zero = {}, log2_e = zero + 1.44269504f, least = zero - 125.0f;
-  const Float product = x * log2_e, clamped = product < least ? least : product;
-  // e^x = 2^k 2^f, |f| <= 1/2: adding 1.5·2^23 rounds to the integer k and leaves it in the lowest bits.
-  const Float shifted = clamped + 12582912.0f, k = shifted - 12582912.0f;
-  const Float f = product < least ? zero : F::multiply_add(x, log2_e, -k);
-  // The polynomial of degree 5 with the least relative error on [-1/2, 1/2], 7.5e-8.
-  Float p = F::multiply_add(zero + 0.00132764725f, f, zero + 0.00967554189f);
-  p = F::multiply_add(p, f, zero + 0.0555071309f);
-  p = F::multiply_add(p, f, zero + 0.240221202f);
-  p = F::multiply_add(p, f, zero + 0.693146944f);
-  p = F::multiply_add(p, f, zero + 1.00000012f);
-  return from_bits(bits_of(p) + (bits_of(shifted) << 23));
+SEAL_FN Float fused(Float a, Float b, Float c) { return Fused<Float>::multiply_add(a, b, c); }
+
+// |x|.
+template <typename Float>
+SEAL_FN Float magnitude_of(Float x) {
+  const Float zero = {};
+  return x < zero ? -x : x;
+}
+
+// Elementary functions for gradients. ROUGH ones, for results that are stored as bfloat16 (which rounds by up to 4e-3),
+// may be wrong by 2e-4; others by a few units in the last place.
+template <typename Number>
+struct Rough { static constexpr bool value = false; };
+template <>
+struct Rough<bfloat16> { static constexpr bool value = true; };
+
+// e^(-rate·magnitude), both at least 0.
+#ifdef __CUDACC__
+template <bool ROUGH>
+SEAL_FN float exp_negative(float magnitude, float rate) {
+  return ROUGH ? __expf(magnitude * -rate) : expf(magnitude * -rate);
+}
+#else
+// 2^f for 0 <= f <= 1: the polynomial of degree 5, or 3, with the least relative error, 7.5e-8, or 7.5e-5.
+template <bool ROUGH, typename Float>
+SEAL_FN Float exp2_of_fraction(Float f) {
+  const Float zero = {};
+  if (ROUGH) {
+    Float p = fused(zero + 0.0780245215f, f, zero + 0.226067156f);
+    p = fused(p, f, zero + 0.695833564f);
+    return fused(p, f, zero + 0.999925196f);
+  }
+  Float p = fused(zero + 0.0018775682f, f, zero + 0.00898936111f);
+  p = fused(p, f, zero + 0.0558262989f);
+  p = fused(p, f, zero + 0.240153626f);
+  p = fused(p, f, zero + 0.693153083f);
+  return fused(p, f, zero + 0.99999994f);
+}
+
+// 2^x for x <= 0; 2^-125 takes the place of what is less.
+template <bool ROUGH, typename Float>
+SEAL_FN Float exp2_negative(Float x) {
+  const Float zero = {}, least = zero - 125.0f, clamped = x < least ? least : x;
+  // Adding 1.5·2^23 rounds to an integer, and leaves it in the lowest bits.
+  const Float shifted = (clamped - 0.5f) + 12582912.0f;
+  const Float f = clamped - (shifted - 12582912.0f);
+  return from_bits(bits_of(exp2_of_fraction<ROUGH>(f)) + (bits_of(shifted) << 23));
+}
+
+template <bool ROUGH, typename Float>
+SEAL_FN Float exp_negative(Float magnitude, float rate) {
+  return exp2_negative<ROUGH>(magnitude * (rate * -1.44269504f));
 }
 #endif
-SEAL_FN double exp_negative(double x) { return exp(x); }
+template <bool ROUGH>
+SEAL_FN double exp_negative(double magnitude, double rate) { return exp(magnitude * -rate); }
+
+// a / b for 1 <= b <= 4.
+template <bool ROUGH, typename Float>
+SEAL_FN Float divide_by_moderate(Float a, Float b) {
+#ifdef __CUDACC__
+  if (ROUGH) return __fdividef(a, b);
+#endif
+  return a / b;
+}

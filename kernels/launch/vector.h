@@ -57,9 +57,30 @@ struct Fused<Vector<float>> {
 };
 #endif
 
-SEAL_FN Vector<double> exp_negative(Vector<double> x) {
-  for (int lane = 0; lane < VectorOf<double>::kLanes; ++lane) x[lane] = exp_negative(x[lane]);
-  return x;
+SEAL_FN Vector<float> magnitude_of(Vector<float> x) { return from_bits(bits_of(x) & 0x7fffffffu); }
+
+#if defined(__AVX512F__)
+template <bool ROUGH>
+SEAL_FN Vector<float> exp_negative(Vector<float> magnitude, float rate) {
+  const Vector<float> x = magnitude * (rate * -1.44269504f);
+  const Vector<float> fraction = (Vector<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+  return (Vector<float>)_mm512_scalef_ps((__m512)exp2_of_fraction<ROUGH>(fraction), (__m512)x);
+}
+
+// By the reciprocal to 14 bits, which all processors give alike, and unless ROUGH a step of Newton's method.
+template <bool ROUGH>
+SEAL_FN Vector<float> divide_by_moderate(Vector<float> a, Vector<float> b) {
+  const Vector<float> reciprocal = (Vector<float>)_mm512_rcp14_ps((__m512)b), two = Vector<float>{} + 2.0f;
+  return ROUGH ? a * reciprocal : a * reciprocal * fused(-b, reciprocal, two);
+}
+#endif
+
+template <bool ROUGH>
+SEAL_FN Vector<double> exp_negative(Vector<double> magnitude, double rate) {
+  for (int lane = 0; lane < VectorOf<double>::kLanes; ++lane) {
+    magnitude[lane] = exp_negative<ROUGH>(magnitude[lane], rate);
+  }
+  return magnitude;
 }
 
 template <typename State>
@@ -69,19 +90,37 @@ SEAL_FN Vector<State> load_vector(const State* from) {
   return value;
 }
 
-SEAL_FN Vector<float> load_vector(const bfloat16* from) {
+// 16-bit numbers in the low halves of 32 bits, and back.
+SEAL_FN WideBits load_halves(const void* from) {
+#if defined(__AVX512F__)
+  return (WideBits)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return (WideBits)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+#else
   HalfBits bits;
   std::memcpy(&bits, from, sizeof bits);
-  return float_of_bfloat16(__builtin_convertvector(bits, WideBits));
+  return __builtin_convertvector(bits, WideBits);
+#endif
+}
+
+SEAL_FN void store_halves(void* to, WideBits wide) {
+#if defined(__AVX512F__)
+  const HalfBits bits = (HalfBits)_mm512_cvtepi32_epi16((__m512i)wide);
+#else
+  const HalfBits bits = __builtin_convertvector(wide, HalfBits);
+#endif
+  std::memcpy(to, &bits, sizeof bits);
+}
+
+SEAL_FN Vector<float> load_vector(const bfloat16* from) {
+  return float_of_bfloat16(load_halves(from));
 }
 
 SEAL_FN Vector<float> load_vector(const float16* from) {
 #if defined(__AVX512F__)
   return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #else
-  HalfBits bits;
-  std::memcpy(&bits, from, sizeof bits);
-  return float_of_float16(__builtin_convertvector(bits, WideBits));
+  return float_of_float16(load_halves(from));
 #endif
 }
 
@@ -89,8 +128,15 @@ template <typename State>
 SEAL_FN void store_vector(State* to, Vector<State> value) { std::memcpy(to, &value, sizeof value); }
 
 SEAL_FN void store_vector(bfloat16* to, Vector<float> value) {
-  const HalfBits bits = __builtin_convertvector(bfloat16_of_float(value), HalfBits);
-  std::memcpy(to, &bits, sizeof bits);
+  store_halves(to, bfloat16_of_float(value));
+}
+
+// As store_vector, of ones and zeros.
+template <typename Number, typename V>
+SEAL_FN void store_ones(Number* to, V value) { store_vector(to, value); }
+
+SEAL_FN void store_ones(bfloat16* to, Vector<float> value) {
+  store_halves(to, bits_of(value) >> 16);  // nothing to round
 }
 
 SEAL_FN void store_vector(float16* to, Vector<float> value) {
@@ -98,8 +144,7 @@ SEAL_FN void store_vector(float16* to, Vector<float> value) {
   const __m256i bits = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
 #else
-  const HalfBits bits = __builtin_convertvector(float16_of_float(value), HalfBits);
-  std::memcpy(to, &bits, sizeof bits);
+  store_halves(to, float16_of_float(value));
 #endif
 }
 
@@ -111,56 +156,50 @@ SEAL_FN auto load_vector(const Number* from) { return load(*from); }
 template <typename Number, typename State>
 SEAL_FN void store_vector(Number* to, State value) { store(*to, value); }
 
+template <typename Number, typename State>
+SEAL_FN void store_ones(Number* to, State value) { store(*to, value); }
+
 #endif
 
-// What loops go through at a time: lanes enough for whole bytes of packed spikes and whole cache lines.
+// What loops go through at a time, a whole number of vectors and of bytes of packed spikes. Inner loops have always so
+// many passes, each independent of the others; where fewer numbers are left, they go through a padded copy.
+constexpr int kBlock = 256;
+
+#define SEAL_EACH_VECTOR(State, i) for (int i = 0; i < kBlock; i += VectorOf<State>::kLanes)
+
 template <typename State>
-struct Block {
-  static constexpr int kLanes = VectorOf<State>::kLanes;
-  static constexpr int kVectors = kLanes == 1 ? 8 : 4;
-  static constexpr int kSize = kLanes * kVectors;
-  Vector<State> part[kVectors];
+struct alignas(64) Block {
+  State at[kBlock];
+
+  SEAL_INLINE Vector<State> operator[](int i) const { return load_vector(at + i); }
+  SEAL_INLINE void set(int i, Vector<State> value) { store_vector(at + i, value); }
+  SEAL_INLINE void fill(State value) { SEAL_EACH_VECTOR(State, i) set(i, Vector<State>{} + value); }
 };
 
-#define SEAL_EACH_PART(i) for (int i = 0; i < Block<State>::kVectors; ++i)
-
-template <typename State>
-SEAL_FN Block<State> filled(State value) {
-  Block<State> block;
-  SEAL_EACH_PART(i) block.part[i] = Vector<State>{} + value;
-  return block;
+// `count` numbers from memory as a block: in place where they are one, else in `padded`, with zeros behind them.
+template <typename Number>
+SEAL_FN const Number* whole_block(const Number* from, int64_t count, Number* padded) {
+  if (count == kBlock) return from;
+  std::memcpy(padded, from, count * sizeof(Number));
+  std::memset(padded + count, 0, (kBlock - count) * sizeof(Number));
+  return padded;
 }
 
-// The first `count` numbers of a row; zeros beyond them.
-template <typename State, typename Number>
-SEAL_FN Block<State> load_block(const Number* from, int64_t count) {
-  Number padded[Block<State>::kSize];
-  if (count < Block<State>::kSize) {
-    std::memset(padded, 0, sizeof padded);
-    from = static_cast<const Number*>(std::memcpy(padded, from, count * sizeof(Number)));
-  }
-  Block<State> block;
-  SEAL_EACH_PART(i) block.part[i] = load_vector(from + i * Block<State>::kLanes);
-  return block;
-}
-
-// Writes Bytes bytes straight to memory, where `to` is aligned to them.
-template <int Bytes>
-SEAL_FN void stream_bytes(void* to, const void* from) {
+// Writes 64 bytes straight to memory, past the caches, where `to` is aligned to them.
+SEAL_FN void stream_line(void* to, const void* from) {
 #if defined(__AVX512F__)
-  if constexpr (Bytes == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
-#endif
-#if defined(__AVX2__)
-  if constexpr (Bytes == 32) {
-    return _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 2; ++i) {
+    _mm256_stream_si256(static_cast<__m256i*>(to) + i, _mm256_load_si256(static_cast<const __m256i*>(from) + i));
   }
-#endif
-#if defined(__SSE2__)
-  if constexpr (Bytes == 16) {
-    return _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
+#elif defined(__SSE2__)
+  for (int i = 0; i < 4; ++i) {
+    _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_load_si128(static_cast<const __m128i*>(from) + i));
   }
+#else
+  std::memcpy(to, from, 64);
 #endif
-  std::memcpy(to, from, Bytes);
 }
 
 // Makes what this thread streamed visible to others.
@@ -170,34 +209,46 @@ SEAL_FN void finish_streams() {
 #endif
 }
 
-// `stream` writes whole blocks past the cache, for rows so long that they would not stay there; `to` is aligned to 64
-// bytes then.
-template <typename State, typename Number>
-SEAL_FN void store_block(Number* to, const Block<State>& block, int64_t count, bool stream) {
-  constexpr int kLanes = Block<State>::kLanes;
-  if (count < Block<State>::kSize) {
-    Number buffer[Block<State>::kSize];
-    SEAL_EACH_PART(i) store_vector(buffer + i * kLanes, block.part[i]);
-    std::memcpy(to, buffer, count * sizeof(Number));
-  } else if (stream) {
-    SEAL_EACH_PART(i) {
-      Number buffer[kLanes];
-      store_vector(buffer, block.part[i]);
-      stream_bytes<sizeof buffer>(to + i * kLanes, buffer);
-    }
-  } else {
-    SEAL_EACH_PART(i) store_vector(to + i * kLanes, block.part[i]);
-  }
-}
+// Where a block of results is computed, and how it comes to its place: directly, or through a buffer where it is cut
+// short by the end of the row, or where rows are so long that they would not stay in the caches anyway (`stream`; `to`
+// is aligned to 64 bytes then).
+template <typename Number>
+class BlockWriter {
+ public:
+  BlockWriter(Number* to, int64_t count, bool stream) : to(to), count(count), direct(count == kBlock && !stream) {}
 
-// Bit i of byte j is whether number 8j + i is not 0; bits beyond `count` are 0.
-template <typename State>
-SEAL_FN void pack_block(uint8_t* to, const Block<State>& block, int64_t count) {
-  State numbers[Block<State>::kSize];
-  std::memcpy(numbers, &block, sizeof block);
-  for (int64_t byte = 0; byte < (count + 7) / 8; ++byte) {
-    uint8_t bits = 0;
-    for (int64_t i = 0; i < std::min<int64_t>(8, count - 8 * byte); ++i) bits |= (numbers[8 * byte + i] != 0) << i;
-    to[byte] = bits;
+  SEAL_INLINE Number* block() { return direct ? to : buffer; }
+
+  SEAL_INLINE void finish() {
+    if (direct) return;
+    if (count < kBlock) {
+      std::memcpy(to, buffer, count * sizeof(Number));
+      return;
+    }
+    constexpr int kLine = 64 / sizeof(Number);
+    for (int i = 0; i < kBlock; i += kLine) stream_line(to + i, buffer + i);
   }
+
+ private:
+  alignas(64) Number buffer[kBlock];
+  Number* const to;
+  const int64_t count;
+  const bool direct;
+};
+
+// Which lanes of a vector of zeros and ones hold a one: bit i for lane i.
+template <typename State>
+SEAL_FN uint32_t lanes_set(Vector<State> ones) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(State) == 4) return _mm512_test_epi32_mask((__m512i)ones, (__m512i)ones);
+#elif defined(__AVX2__)  // moves the highest bit of each lane; of those in a one, the third is set
+  if constexpr (sizeof(State) == 4) return _mm256_movemask_ps((__m256)_mm256_slli_epi32((__m256i)ones, 2));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(State) == 4) return _mm_movemask_ps((__m128)_mm_slli_epi32((__m128i)ones, 2));
+#endif
+  State numbers[VectorOf<State>::kLanes];
+  std::memcpy(numbers, &ones, sizeof numbers);
+  uint32_t bits = 0;
+  for (int lane = 0; lane < VectorOf<State>::kLanes; ++lane) bits |= uint32_t(numbers[lane] != 0) << lane;
+  return bits;
 }

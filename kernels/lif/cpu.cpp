@@ -1,8 +1,8 @@
 // The multi-step LIF neuron on the CPU. x is T rows of N numbers, each row dense in memory, whatever its shape.
 //
-// A thread takes a block of a few vectors of neurons through all T steps in registers: forward reads x once and writes
-// the spikes, backward reads x and the spikes' gradient and writes x's, with the T potentials before the reset in the
-// first-level cache. Compiled once for each instruction set in ISA (setup.py).
+// A thread takes a block of neurons through all T steps in the first-level cache: forward reads x once and writes the
+// spikes, backward reads x and the spikes' gradient and writes x's. What varies between neurons' kinds is chosen once a
+// call, outside of the loops over a block. Compiled once for each instruction set in ISA (setup.py).
 #include "../launch/export.h"
 #include "../launch/vector.h"
 #include "../surrogate/surrogate.cuh"
@@ -33,59 +33,117 @@ constexpr int64_t kCached = int64_t(16) << 20;
 // Below this many neuron-steps a second thread costs more than it saves.
 constexpr int64_t kGrain = 1 << 14;
 
-enum Constant { TAU, INVERSE_TAU, DECAY_FACTOR, THRESHOLD };
+enum ConstantName { TAU, INVERSE_TAU, DECAY_FACTOR, THRESHOLD };
 
-template <typename State, typename Number>
-class Lif {
+// A constant of a block's neurons: a block of its own where it differs between channels, else one vector.
+template <typename State, bool PER_CHANNEL>
+class Constant {
  public:
-  typedef Vector<State> V;
+  explicit Constant(const Block<State>& block) : value(block[0]), block(block) {}
+  SEAL_INLINE Vector<State> operator[](int i) const { return PER_CHANNEL ? block[i] : value; }
+
+ private:
+  const Vector<State> value;
+  const Block<State>& block;
+};
+
+// What a thread keeps while it takes a block through time.
+template <typename State>
+struct Work {
   typedef Block<State> B;
 
+  explicit Work(int64_t steps) : h(steps), g(steps), before(steps) {}
+
+  B constants[4];
+  B v, c;                               // potential and its gradient
+  B threshold_sum, inverse_tau_sum;
+  std::vector<B> h, g, before;          // of each step: potential before the reset, σ', potential before the charge
+};
+
+template <typename State, typename Number, bool PER_CHANNEL>
+class Lif {
+ public:
   explicit Lif(const LifArguments& arguments) : a(arguments), reset(State(a.reset)), alpha(State(a.alpha)) {
     const Number* written = static_cast<const Number*>(a.grad_x ? a.grad_x : a.spikes);
     const bool aligned = reinterpret_cast<uintptr_t>(written) % 64 == 0 && a.N * sizeof(Number) % 64 == 0;
     stream = aligned && a.T * a.N * int64_t(sizeof(Number)) > kCached;
+    learned = a.grad_threshold || a.grad_inverse_tau;
+    choose_charge();
+    choose_derivative();
+    choose_reverse();
   }
 
   void forward() const {
-    each_block([this](int64_t start, int64_t count, const B* constants, B*) {
-      a.soft ? forward_block<true>(start, count, constants) : forward_block<false>(start, count, constants);
+    each_block([this](int64_t start, int64_t count, W& work) {
+      const C threshold(work.constants[THRESHOLD]);
+      begin(start, count, work.v);
+      for (int64_t t = 0; t < a.T; ++t) {
+        B& h = work.h[t];
+        charge_step(row_of_x(t) + start, count, work, h);
+        BlockWriter<Number> spikes(static_cast<Number*>(a.spikes) + t * a.N + start, count, stream);
+        fire_block(h, threshold, spikes.block());
+        spikes.finish();
+        if (a.packed) pack_block(h, threshold, a.packed + t * ((a.N + 7) / 8) + start / 8, count);
+      }
+      end(a.v_last, start, count, work.v);
     });
   }
 
   void backward() const {
-    each_block([this](int64_t start, int64_t count, const B* constants, B* h) {
-      if (a.soft) {
-        a.detach ? backward_block<true, true>(start, count, constants, h)
-                 : backward_block<true, false>(start, count, constants, h);
-      } else {
-        a.detach ? backward_block<false, true>(start, count, constants, h)
-                 : backward_block<false, false>(start, count, constants, h);
+    each_block([this](int64_t start, int64_t count, W& work) {
+      const C threshold(work.constants[THRESHOLD]);
+      begin(start, count, work.v);
+      for (int64_t t = 0; t < a.T; ++t) {
+        if (learned) work.before[t] = work.v;
+        charge_step(row_of_x(t) + start, count, work, work.h[t]);
+        derivative(work.h[t], threshold, alpha, work.g[t]);
       }
+      work.c.fill(0);
+      if (a.grad_v_last) copy(static_cast<const State*>(a.grad_v_last) + start, count, work.c);
+      if (learned) work.threshold_sum.fill(0), work.inverse_tau_sum.fill(0);
+      for (int64_t t = a.T - 1; t >= 0; --t) {
+        alignas(64) Number room[2][kBlock];
+        const Number* upstream = static_cast<const Number*>(a.grad_spikes) + t * a.grad_stride + start;
+        BlockWriter<Number> grad_x(static_cast<Number*>(a.grad_x) + t * a.N + start, count, stream);
+        (this->*reverse)(whole_block(upstream, count, room[0]),
+                         learned ? whole_block(row_of_x(t) + start, count, room[1]) : nullptr, t, work, grad_x.block());
+        grad_x.finish();
+      }
+      end(a.grad_v_init, start, count, work.c);
+      end(a.grad_threshold, start, count, work.threshold_sum);
+      end(a.grad_inverse_tau, start, count, work.inverse_tau_sum);
     });
   }
 
  private:
+  typedef Vector<State> V;
+  typedef Block<State> B;
+  typedef Work<State> W;
+  typedef Constant<State, PER_CHANNEL> C;
+
   const LifArguments& a;
   const State reset, alpha;
-  bool stream;  // whether rows are written past the cache
+  bool stream;   // whether rows are written past the cache
+  bool learned;  // whether the parameters' gradients are asked for
+  void (*charge_rows)(const Number* x, State reset, W& work, B& h);
+  void (*derivative)(const B& h, const C& threshold, State alpha, B& g);
+  void (Lif::*reverse)(const Number* upstream, const Number* x, int64_t t, W& work, Number* grad_x) const;
 
-  // Calls action(start, count, constants[4], scratch[T]) for each block, each thread taking one run of neighbours.
+  // Calls action(start, count, work) for each block, each thread taking one run of neighbours.
   template <typename Action>
   void each_block(Action action) const {
-    const int64_t blocks = (a.N + B::kSize - 1) / B::kSize;
+    const int64_t blocks = (a.N + kBlock - 1) / kBlock;
     const int threads = int(std::clamp<int64_t>(a.T * a.N / kGrain, 1, a.threads));
 #pragma omp parallel num_threads(threads)
     {
-      std::vector<B> scratch(a.T);
-      B constants[4];
+      W work(a.T);
       const State* values = static_cast<const State*>(a.constants);
-      for (int i = 0; i < 4; ++i) constants[i] = filled(values[i * a.channels]);
+      for (int i = 0; i < 4; ++i) work.constants[i].fill(values[i * a.channels]);
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t start = block * B::kSize;
-        if (a.channels > 1) fill_constants(constants, start);
-        action(start, std::min<int64_t>(B::kSize, a.N - start), constants, scratch.data());
+        const int64_t start = block * kBlock;
+        if (PER_CHANNEL) fill_constants(work.constants, start);
+        action(start, std::min<int64_t>(kBlock, a.N - start), work);
       }
       finish_streams();
     }
@@ -94,146 +152,141 @@ class Lif {
   void fill_constants(B* constants, int64_t start) const {
     const State* values = static_cast<const State*>(a.constants);
     int64_t channel = start / a.channel_stride % a.channels, left = a.channel_stride - start % a.channel_stride;
-    if (left >= B::kSize) {
-      for (int i = 0; i < 4; ++i) constants[i] = filled(values[i * a.channels + channel]);
-      return;
-    }
-    State rows[4][B::kSize];
-    for (int lane = 0; lane < B::kSize; ++lane, --left) {
+    for (int n = 0; n < kBlock; ++n, --left) {
       if (left == 0) left = a.channel_stride, channel = channel + 1 == a.channels ? 0 : channel + 1;
-      for (int i = 0; i < 4; ++i) rows[i][lane] = values[i * a.channels + channel];
+      for (int i = 0; i < 4; ++i) constants[i].at[n] = values[i * a.channels + channel];
     }
-    for (int i = 0; i < 4; ++i) constants[i] = load_block<State>(rows[i], B::kSize);
   }
 
-  B start_at_rest(int64_t start, int64_t count) const {
-    return a.v_init ? load_block<State>(static_cast<const State*>(a.v_init) + start, count) : filled(reset);
+  const Number* row_of_x(int64_t t) const { return static_cast<const Number*>(a.x) + t * a.x_stride; }
+
+  void begin(int64_t start, int64_t count, B& v) const {
+    a.v_init ? copy(static_cast<const State*>(a.v_init) + start, count, v) : v.fill(reset);
   }
 
-  B x_block(int64_t t, int64_t start, int64_t count) const {
-    return load_block<State>(static_cast<const Number*>(a.x) + t * a.x_stride + start, count);
+  static void copy(const State* from, int64_t count, B& block) {
+    std::memcpy(block.at, from, count * sizeof(State));
+    std::memset(block.at + count, 0, (kBlock - count) * sizeof(State));
   }
 
-  void store_state(void* to, const B& block, int64_t start, int64_t count) const {
-    if (to) store_block(static_cast<State*>(to) + start, block, count, false);
+  static void end(void* row, int64_t start, int64_t count, const B& block) {
+    if (row) std::memcpy(static_cast<State*>(row) + start, block.at, count * sizeof(State));
   }
 
-  template <int KIND>
-  static SEAL_INLINE B charge_as(const B& v, const B& x, const B* constants, State reset) {
-    B h;
-    SEAL_EACH_PART(i) {
-      h.part[i] = charge<KIND>(v.part[i], x.part[i], constants[TAU].part[i], constants[INVERSE_TAU].part[i],
-                               constants[DECAY_FACTOR].part[i], reset);
+  // Charges v with x to h, and resets it.
+  void charge_step(const Number* x, int64_t count, W& work, B& h) const {
+    alignas(64) Number room[kBlock];
+    charge_rows(whole_block(x, count, room), reset, work, h);
+  }
+
+  template <int CHARGE, bool SOFT>
+  static void charge_rows_as(const Number* x, State reset, W& work, B& h) {
+    const C tau(work.constants[TAU]), inverse_tau(work.constants[INVERSE_TAU]);
+    const C decay(work.constants[DECAY_FACTOR]), threshold(work.constants[THRESHOLD]);
+    SEAL_EACH_VECTOR(State, i) {
+      const V charged = charge<CHARGE>(work.v[i], load_vector(x + i), tau[i], inverse_tau[i], decay[i], reset);
+      h.set(i, charged);
+      work.v.set(i, reset_potential<SOFT>(charged, fire(charged, threshold[i]), threshold[i], reset));
     }
-    return h;
   }
 
-  SEAL_INLINE B charged(const B& v, const B& x, const B* constants) const {
+  static void fire_block(const B& h, const C& threshold, Number* spikes) {
+    SEAL_EACH_VECTOR(State, i) store_ones(spikes + i, fire(h[i], threshold[i]));
+  }
+
+  static void pack_block(const B& h, const C& threshold, uint8_t* packed, int64_t count) {
+    uint8_t bytes[kBlock / 8] = {};
+    SEAL_EACH_VECTOR(State, i) {
+      const uint32_t bits = lanes_set<State>(fire(h[i], threshold[i])) << (i % 8);
+      for (int byte = 0; 8 * byte < VectorOf<State>::kLanes; ++byte) bytes[i / 8 + byte] |= uint8_t(bits >> (8 * byte));
+    }
+    if (count % 8) bytes[count / 8] &= (1 << (count % 8)) - 1;
+    std::memcpy(packed, bytes, (count + 7) / 8);
+  }
+
+  template <int SURROGATE>
+  static void derivative_as(const B& h, const C& threshold, State alpha, B& g) {
+    SEAL_EACH_VECTOR(State, i) {
+      g.set(i, surrogate_derivative<SURROGATE, Rough<Number>::value>(h[i] - threshold[i], alpha));
+    }
+  }
+
+  // ∂L/∂x_t from the gradients of s_t and v_t, and that of v_{t-1} in the place of v_t's.
+  template <bool SOFT, bool DETACH, bool LEARNED>
+  void reverse_as(const Number* upstream, const Number* x, int64_t t, W& work, Number* grad_x) const {
+    const C threshold(work.constants[THRESHOLD]), inverse_tau(work.constants[INVERSE_TAU]);
+    const C decay(work.constants[DECAY_FACTOR]);
+    const bool decay_input = a.decay_input;
+    B &v_gradient = work.c, &threshold_sum = work.threshold_sum, &inverse_tau_sum = work.inverse_tau_sum;
+    const B &potential = work.h[t], &derivatives = work.g[t], &before = work.before[t];
+    SEAL_EACH_VECTOR(State, i) {
+      const V h = potential[i], g = derivatives[i], c = v_gradient[i], spike = fire(h, threshold[i]);
+      const V through_spike = load_vector(upstream + i) * g;
+      const V dh = fused(c, reset_slope<SOFT, DETACH>(h, spike, g, threshold[i], reset), through_spike);
+      if (LEARNED) {
+        const V slope = reset_threshold_slope<SOFT, DETACH>(h, spike, g, threshold[i], reset);
+        threshold_sum.set(i, threshold_sum[i] + (c * slope - through_spike));
+        const V distance = before[i] - reset;
+        inverse_tau_sum.set(i, inverse_tau_sum[i] + dh * (decay_input ? load_vector(x + i) - distance : -distance));
+      }
+      store_vector(grad_x + i, decay_input ? dh * inverse_tau[i] : dh);
+      v_gradient.set(i, dh * decay[i]);
+    }
+  }
+
+  void choose_charge() {
     switch (a.charge) {
-      case DECAY: return charge_as<DECAY>(v, x, constants, reset);
-      case LEAK_DIVIDE: return charge_as<LEAK_DIVIDE>(v, x, constants, reset);
-      case LEAK_MULTIPLY: return charge_as<LEAK_MULTIPLY>(v, x, constants, reset);
-      case FILTER_DIVIDE: return charge_as<FILTER_DIVIDE>(v, x, constants, reset);
-      default: return charge_as<FILTER_MULTIPLY>(v, x, constants, reset);
+      case DECAY: return choose_charge_as<DECAY>();
+      case LEAK_DIVIDE: return choose_charge_as<LEAK_DIVIDE>();
+      case LEAK_MULTIPLY: return choose_charge_as<LEAK_MULTIPLY>();
+      case FILTER_DIVIDE: return choose_charge_as<FILTER_DIVIDE>();
+      default: return choose_charge_as<FILTER_MULTIPLY>();
     }
   }
 
-  SEAL_INLINE B fired(const B& h, const B* constants) const {
-    B spikes;
-    SEAL_EACH_PART(i) spikes.part[i] = fire(h.part[i], constants[THRESHOLD].part[i]);
-    return spikes;
+  template <int CHARGE>
+  void choose_charge_as() { charge_rows = a.soft ? charge_rows_as<CHARGE, true> : charge_rows_as<CHARGE, false>; }
+
+  void choose_derivative() {
+    switch (a.surrogate) {
+      case SIGMOID: derivative = derivative_as<SIGMOID>; break;
+      case ATAN: derivative = derivative_as<ATAN>; break;
+      case PIECEWISE_QUADRATIC: derivative = derivative_as<PIECEWISE_QUADRATIC>; break;
+      case PIECEWISE_EXP: derivative = derivative_as<PIECEWISE_EXP>; break;
+      case SOFT_SIGN: derivative = derivative_as<SOFT_SIGN>; break;
+      case SUPER_SPIKE: derivative = derivative_as<SUPER_SPIKE>; break;
+      case ERF: derivative = derivative_as<ERF>; break;
+      case TRIANGLE: derivative = derivative_as<TRIANGLE>; break;
+      default: derivative = derivative_as<RECTANGLE>;
+    }
   }
 
-  template <bool SOFT>
-  SEAL_INLINE B after_reset(const B& h, const B& spikes, const B* constants) const {
-    B v;
-    SEAL_EACH_PART(i) {
-      v.part[i] = reset_potential<SOFT>(h.part[i], spikes.part[i], constants[THRESHOLD].part[i], reset);
+  void choose_reverse() {
+    if (a.soft) {
+      a.detach ? choose_reverse_as<true, true>() : choose_reverse_as<true, false>();
+    } else {
+      a.detach ? choose_reverse_as<false, true>() : choose_reverse_as<false, false>();
     }
-    return v;
-  }
-
-  template <bool SOFT>
-  SEAL_INLINE void forward_block(int64_t start, int64_t count, const B* constants) const {
-    B v = start_at_rest(start, count);
-    for (int64_t t = 0; t < a.T; ++t) {
-      const B h = charged(v, x_block(t, start, count), constants);
-      const B spikes = fired(h, constants);
-      store_block(static_cast<Number*>(a.spikes) + t * a.N + start, spikes, count, stream);
-      if (a.packed) pack_block(a.packed + t * ((a.N + 7) / 8) + start / 8, spikes, count);
-      v = after_reset<SOFT>(h, spikes, constants);
-    }
-    store_state(a.v_last, v, start, count);
   }
 
   template <bool SOFT, bool DETACH>
-  SEAL_INLINE void backward_block(int64_t start, int64_t count, const B* constants, B* h) const {
-    B v = start_at_rest(start, count);
-    for (int64_t t = 0; t < a.T; ++t) {
-      h[t] = charged(v, x_block(t, start, count), constants);
-      v = after_reset<SOFT>(h[t], fired(h[t], constants), constants);
-    }
-    B c = a.grad_v_last ? load_block<State>(static_cast<const State*>(a.grad_v_last) + start, count) : B{};
-    B threshold_sum = {}, inverse_tau_sum = {};
-    for (int64_t t = a.T - 1; t >= 0; --t) {
-      const B upstream = load_block<State>(static_cast<const Number*>(a.grad_spikes) + t * a.grad_stride + start, count);
-      const B g = derivative(h[t], constants), spikes = fired(h[t], constants);
-      B dh, dx;
-      SEAL_EACH_PART(i) {
-        const V threshold = constants[THRESHOLD].part[i], own = h[t].part[i], spike = spikes.part[i];
-        if (a.grad_threshold) {
-          const V slope = reset_threshold_slope<SOFT, DETACH>(own, spike, g.part[i], threshold, reset);
-          threshold_sum.part[i] += c.part[i] * slope - upstream.part[i] * g.part[i];
-        }
-        const V slope = reset_slope<SOFT, DETACH>(own, spike, g.part[i], threshold, reset);
-        dh.part[i] = upstream.part[i] * g.part[i] + c.part[i] * slope;
-        dx.part[i] = a.decay_input ? dh.part[i] * constants[INVERSE_TAU].part[i] : dh.part[i];
-        c.part[i] = dh.part[i] * constants[DECAY_FACTOR].part[i];
-      }
-      store_block(static_cast<Number*>(a.grad_x) + t * a.N + start, dx, count, stream);
-      if (a.grad_inverse_tau) {
-        v = t ? after_reset<SOFT>(h[t - 1], fired(h[t - 1], constants), constants) : start_at_rest(start, count);
-        const B x = x_block(t, start, count);
-        SEAL_EACH_PART(i) {
-          const V distance = v.part[i] - reset;
-          inverse_tau_sum.part[i] += dh.part[i] * (a.decay_input ? x.part[i] - distance : -distance);
-        }
-      }
-    }
-    store_state(a.grad_v_init, c, start, count);
-    store_state(a.grad_threshold, threshold_sum, start, count);
-    store_state(a.grad_inverse_tau, inverse_tau_sum, start, count);
-  }
-
-  template <int KIND>
-  SEAL_INLINE B derivative_of(const B& h, const B* constants) const {
-    B g;
-    SEAL_EACH_PART(i) g.part[i] = surrogate_derivative<KIND>(h.part[i] - constants[THRESHOLD].part[i], alpha);
-    return g;
-  }
-
-  SEAL_INLINE B derivative(const B& h, const B* constants) const {
-    switch (a.surrogate) {
-      case SIGMOID: return derivative_of<SIGMOID>(h, constants);
-      case ATAN: return derivative_of<ATAN>(h, constants);
-      case PIECEWISE_QUADRATIC: return derivative_of<PIECEWISE_QUADRATIC>(h, constants);
-      case PIECEWISE_EXP: return derivative_of<PIECEWISE_EXP>(h, constants);
-      case SOFT_SIGN: return derivative_of<SOFT_SIGN>(h, constants);
-      case SUPER_SPIKE: return derivative_of<SUPER_SPIKE>(h, constants);
-      case ERF: return derivative_of<ERF>(h, constants);
-      case TRIANGLE: return derivative_of<TRIANGLE>(h, constants);
-      default: return derivative_of<RECTANGLE>(h, constants);
-    }
+  void choose_reverse_as() {
+    reverse = learned ? &Lif::template reverse_as<SOFT, DETACH, true> : &Lif::template reverse_as<SOFT, DETACH, false>;
   }
 };
+
+template <typename State, typename Number, typename Action>
+void with_constants(const LifArguments& arguments, Action action) {
+  arguments.channels > 1 ? action(Lif<State, Number, true>(arguments)) : action(Lif<State, Number, false>(arguments));
+}
 
 template <typename Action>
 int with_types(const LifArguments& arguments, Action action) {
   switch (arguments.dtype) {
-    case 0: action(Lif<float, float>(arguments)); return 0;
-    case 1: action(Lif<float, bfloat16>(arguments)); return 0;
-    case 2: action(Lif<float, float16>(arguments)); return 0;
-    case 3: action(Lif<double, double>(arguments)); return 0;
+    case 0: with_constants<float, float>(arguments, action); return 0;
+    case 1: with_constants<float, bfloat16>(arguments, action); return 0;
+    case 2: with_constants<float, float16>(arguments, action); return 0;
+    case 3: with_constants<double, double>(arguments, action); return 0;
     default: return 1;
   }
 }

@@ -42,6 +42,7 @@ SEAL_FN Group<Number, VECTOR> read(const Number* from) {
   return group;
 }
 
+// __stwb is an ordinary store that the compiler does not take apart where it knows some of the numbers.
 template <typename Number, int VECTOR>
 SEAL_FN void write(Number* to, const Group<Number, VECTOR>& group) {
   typedef typename WordOf<sizeof(Group<Number, VECTOR>)>::type Word;
@@ -204,7 +205,9 @@ __global__ void __launch_bounds__(THREADS, 1) lif_backward(
   Group<Real, VECTOR> c = row_or<VECTOR>(grad_v_last, n, Real(0));  // ∂L/∂v_t
   Group<Real, VECTOR> threshold_sum = {}, inverse_tau_sum = {};
   for (int64_t chunk = last; chunk >= 0; --chunk) {
-    if (LONG && chunk < last) v = chunk ? read<VECTOR>(checkpoints + (chunk - 1) * N + n) : row_or<VECTOR>(v_init, n, reset);
+    if (LONG && chunk < last) {
+      v = chunk ? read<VECTOR>(checkpoints + (chunk - 1) * N + n) : row_or<VECTOR>(v_init, n, reset);
+    }
     const Group<Real, VECTOR> before = v;
     const int64_t first = chunk * STEPS;
     Group<Number, VECTOR> rows[STEPS], upstream[STEPS];
@@ -231,7 +234,7 @@ __global__ void __launch_bounds__(THREADS, 1) lif_backward(
 #pragma unroll
       for (int i = 0; i < VECTOR; ++i) {
         const Real spike = fire(h[t][i], of.threshold(i)), a = load(upstream[t].at[i]);
-        const Real g = surrogate_derivative<SURROGATE>(h[t][i] - of.threshold(i), alpha);
+        const Real g = surrogate_derivative<SURROGATE, Rough<Number>::value>(h[t][i] - of.threshold(i), alpha);
         const Real dh = a * g + c.at[i] * reset_slope<SOFT, DETACH>(h[t][i], spike, g, of.threshold(i), reset);
         if (PARAMETERS) {
           const Real slope = reset_threshold_slope<SOFT, DETACH>(h[t][i], spike, g, of.threshold(i), reset);

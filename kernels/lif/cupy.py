@@ -54,7 +54,7 @@ def backward(
     x = as_rows(x)
     T, row, state = x.shape[0], x[0], state_dtype(x.dtype)
     grad_x = empty_rows(x)
-    grad_spikes = like_rows(grad_spikes.to(x.dtype), x)
+    grad_spikes = like_rows(grad_spikes.to(x.dtype), grad_x)
     grad_v_last, v_init = (None if given is None else like_row(given.to(state), row) for given in (grad_v_last, v_init))
     wanted = (v_init is not None, parameters, parameters)
     sums = [torch.empty_like(grad_x[0], dtype=state) if want else None for want in wanted]
@@ -102,7 +102,7 @@ def _launch(kernel, x, options, neighbours, tensors, *, others=(), strides=(), n
         (
             *(*tensors, *others, constants),
             *(T, N, channels, row.stride(1) if channels > 1 else 1, *strides),  # of x [T, B, C, ...] if by channel
-            *(*values, options.v_reset or 0.0, *numbers),
+            *(float(value) for value in (*values, options.v_reset or 0.0, *numbers)),
         ),
         real=state,
         device=x.device,

@@ -35,7 +35,7 @@ SEAL_FN State fire(State h, Constant threshold) {
 template <bool SOFT, typename State, typename Constant, typename Scalar>
 SEAL_FN State reset_potential(State h, State spike, Constant threshold, Scalar reset) {
   if (SOFT) return h - spike * threshold;
-  return (1 - spike) * h + spike * reset;
+  return fused(1 - spike, h, spike * reset);  // the product is exact
 }
 
 // ∂v/∂h across the reset; g is the surrogate derivative.
@@ -43,7 +43,7 @@ template <bool SOFT, bool DETACH, typename State, typename Constant, typename Sc
 SEAL_FN State reset_slope(State h, State spike, State g, Constant threshold, Scalar reset) {
   const State one = State{} + 1;
   if (SOFT) return DETACH ? one : 1 - threshold * g;
-  return DETACH ? 1 - spike : (1 - spike) + (reset - h) * g;
+  return DETACH ? 1 - spike : fused(reset - h, g, 1 - spike);
 }
 
 // ∂v/∂θ across the reset.

@@ -23,7 +23,7 @@ class Options:
 
     @property
     def in_tensors(self) -> bool:
-        """Whether tau or v_threshold is a tensor, whose values a launcher cannot know without waiting for the device."""
+        """Whether tau or v_threshold is a tensor, whose values a launcher cannot know without waiting for them."""
         return isinstance(self.tau, torch.Tensor) or isinstance(self.v_threshold, torch.Tensor)
 
     @property
@@ -43,7 +43,7 @@ class Options:
         return self.tau, 1.0 / self.tau, 1.0 - 1.0 / self.tau, self.v_threshold
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """τ, 1/τ, 1 - 1/τ and threshold as a tensor [4, C] of the state's dtype, rounded once; C is 1 where it can be."""
+        """τ, 1/τ, 1 - 1/τ and threshold as a tensor [4, C] of the state's dtype, rounded once; C is 1 where it may."""
         if not self.in_tensors:
             return torch.tensor(self.numbers(), dtype=dtype, device=device).unsqueeze(1)
         values = [

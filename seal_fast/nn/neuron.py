@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..backends import check_name
+from ..backends import check_name, shown
 from ..kernels.surrogate.reference import Surrogate
 from ..ops._arguments import NEURON_OPTIONS, neuron_options
 
@@ -22,7 +22,7 @@ class LIFNode(nn.Module):
         surrogate: Name of the surrogate gradient, or a `Surrogate`.
         detach_reset: Whether the reset passes no gradient to the spike.
         step_mode: "m" for inputs [T, ...], "s" for the input of one time step.
-        backend: "auto", "triton", "cupy", "cpu" or "torch".
+        backend: "auto", "triton", "cupy", "cpu" or "torch". The text of the module says what "auto" stands for here.
 
     Attributes:
         v: Membrane potential after the last call, or None before the first.
@@ -88,5 +88,19 @@ class LIFNode(nn.Module):
         return (
             f"tau={self.tau}, decay_input={self.decay_input}, v_threshold={self.v_threshold}, v_reset={self.v_reset}, "
             f"surrogate={surrogate}, detach_reset={self.detach_reset}, step_mode={self.step_mode}, "
-            f"backend={self.backend}"
+            f"backend={shown(self.backend, 'lif')}"
         )
+
+
+def reset_net(network: nn.Module) -> None:
+    """Call `reset` of every module in `network` that has one, so that its neurons start at rest: before each batch."""
+    for module in network.modules():
+        if callable(getattr(module, "reset", None)):
+            module.reset()
+
+
+def detach_net(network: nn.Module) -> None:
+    """Call `detach` of every module in `network` that has one: neurons keep their potential, and cut its graph."""
+    for module in network.modules():
+        if callable(getattr(module, "detach", None)):
+            module.detach()

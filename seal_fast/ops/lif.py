@@ -160,9 +160,7 @@ def _(x, v_init, *arguments):
 def _lif_backward(grad_spikes, grad_v_last, x, v_init, tau_tensor, threshold_tensor, *options):
     learned = tau_tensor is not None or threshold_tensor is not None
     options = (tau_tensor, threshold_tensor, *options)
-    grads = _kernel(options[-1]).backward(
-        grad_spikes, grad_v_last, x, v_init, _options(*options), parameters=learned
-    )
+    grads = _kernel(options[-1]).backward(grad_spikes, grad_v_last, x, v_init, _options(*options), parameters=learned)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from seal_fast import lif
-from seal_fast.nn import LIFNode, Surrogate
+from seal_fast.nn import LIFNode, Surrogate, detach_net, reset_net
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -102,6 +102,25 @@ def test_float32_state_of_16_bit_input_is_kept():
     spikes = torch.cat([node(x[:4]), node(x[4:])])
     assert node.v.dtype == torch.float32
     assert torch.equal(spikes, lif(x)[0])
+
+
+def test_a_network_is_reset_and_detached_as_a_whole():
+    network = torch.nn.Sequential(LIFNode(), torch.nn.Sequential(torch.nn.Flatten(), LIFNode()))
+    nodes = [module for module in network.modules() if isinstance(module, LIFNode)]
+    network(torch.full((3, 2), 0.4, requires_grad=True))
+    potentials = [node.v for node in nodes]
+    assert all(v.requires_grad for v in potentials)
+    detach_net(network)
+    assert not any(node.v.requires_grad for node in nodes)
+    assert all(torch.equal(node.v, v) for node, v in zip(nodes, potentials, strict=True))
+    reset_net(network)
+    assert [node.v for node in nodes] == [None, None]
+
+
+def test_text_says_what_auto_stands_for(each_backend):
+    if each_backend in ("torch", "cpu"):
+        assert f"backend=auto ({each_backend} on cpu" in repr(LIFNode())
+    assert repr(LIFNode(backend="torch")).endswith("backend=torch)")
 
 
 def test_extra_repr_names_every_option():
