@@ -135,29 +135,16 @@ SEAL_FN Float magnitude_of(Float x) {
   return x < zero ? -x : x;
 }
 
-// Elementary functions for gradients. ROUGH ones, for results that are stored as bfloat16 (which rounds by up to 4e-3),
-// may be wrong by 2e-4; others by a few units in the last place.
-template <typename Number>
-struct Rough { static constexpr bool value = false; };
-template <>
-struct Rough<bfloat16> { static constexpr bool value = true; };
+// Elementary functions for gradients, right but for a few units in the last place.
 
 // e^(-rate·magnitude), both at least 0.
 #ifdef __CUDACC__
-template <bool ROUGH>
-SEAL_FN float exp_negative(float magnitude, float rate) {
-  return ROUGH ? __expf(magnitude * -rate) : expf(magnitude * -rate);
-}
+SEAL_FN float exp_negative(float magnitude, float rate) { return expf(magnitude * -rate); }
 #else
-// 2^f for 0 <= f <= 1: the polynomial of degree 5, or 3, with the least relative error, 7.5e-8, or 7.5e-5.
-template <bool ROUGH, typename Float>
+// 2^f for 0 <= f <= 1: the polynomial of degree 5 with the least relative error, 7.5e-8.
+template <typename Float>
 SEAL_FN Float exp2_of_fraction(Float f) {
   const Float zero = {};
-  if (ROUGH) {
-    Float p = fused(zero + 0.0780245215f, f, zero + 0.226067156f);
-    p = fused(p, f, zero + 0.695833564f);
-    return fused(p, f, zero + 0.999925196f);
-  }
   Float p = fused(zero + 0.0018775682f, f, zero + 0.00898936111f);
   p = fused(p, f, zero + 0.0558262989f);
   p = fused(p, f, zero + 0.240153626f);
@@ -166,28 +153,22 @@ SEAL_FN Float exp2_of_fraction(Float f) {
 }
 
 // 2^x for x <= 0; 2^-125 takes the place of what is less.
-template <bool ROUGH, typename Float>
+template <typename Float>
 SEAL_FN Float exp2_negative(Float x) {
   const Float zero = {}, least = zero - 125.0f, clamped = x < least ? least : x;
   // Adding 1.5·2^23 rounds to an integer, and leaves it in the lowest bits.
   const Float shifted = (clamped - 0.5f) + 12582912.0f;
   const Float f = clamped - (shifted - 12582912.0f);
-  return from_bits(bits_of(exp2_of_fraction<ROUGH>(f)) + (bits_of(shifted) << 23));
+  return from_bits(bits_of(exp2_of_fraction(f)) + (bits_of(shifted) << 23));
 }
 
-template <bool ROUGH, typename Float>
+template <typename Float>
 SEAL_FN Float exp_negative(Float magnitude, float rate) {
-  return exp2_negative<ROUGH>(magnitude * (rate * -1.44269504f));
+  return exp2_negative(magnitude * (rate * -1.44269504f));
 }
 #endif
-template <bool ROUGH>
 SEAL_FN double exp_negative(double magnitude, double rate) { return exp(magnitude * -rate); }
 
 // a / b for 1 <= b <= 4.
-template <bool ROUGH, typename Float>
-SEAL_FN Float divide_by_moderate(Float a, Float b) {
-#ifdef __CUDACC__
-  if (ROUGH) return __fdividef(a, b);
-#endif
-  return a / b;
-}
+template <typename Float>
+SEAL_FN Float divide_by_moderate(Float a, Float b) { return a / b; }

@@ -60,26 +60,21 @@ struct Fused<Vector<float>> {
 SEAL_FN Vector<float> magnitude_of(Vector<float> x) { return from_bits(bits_of(x) & 0x7fffffffu); }
 
 #if defined(__AVX512F__)
-template <bool ROUGH>
 SEAL_FN Vector<float> exp_negative(Vector<float> magnitude, float rate) {
   const Vector<float> x = magnitude * (rate * -1.44269504f);
   const Vector<float> fraction = (Vector<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-  return (Vector<float>)_mm512_scalef_ps((__m512)exp2_of_fraction<ROUGH>(fraction), (__m512)x);
+  return (Vector<float>)_mm512_scalef_ps((__m512)exp2_of_fraction(fraction), (__m512)x);
 }
 
-// By the reciprocal to 14 bits, which all processors give alike, and unless ROUGH a step of Newton's method.
-template <bool ROUGH>
+// By the reciprocal to 14 bits, which all processors give alike, and a step of Newton's method.
 SEAL_FN Vector<float> divide_by_moderate(Vector<float> a, Vector<float> b) {
   const Vector<float> reciprocal = (Vector<float>)_mm512_rcp14_ps((__m512)b), two = Vector<float>{} + 2.0f;
-  return ROUGH ? a * reciprocal : a * reciprocal * fused(-b, reciprocal, two);
+  return a * reciprocal * fused(-b, reciprocal, two);
 }
 #endif
 
-template <bool ROUGH>
 SEAL_FN Vector<double> exp_negative(Vector<double> magnitude, double rate) {
-  for (int lane = 0; lane < VectorOf<double>::kLanes; ++lane) {
-    magnitude[lane] = exp_negative<ROUGH>(magnitude[lane], rate);
-  }
+  for (int lane = 0; lane < VectorOf<double>::kLanes; ++lane) magnitude[lane] = exp_negative(magnitude[lane], rate);
   return magnitude;
 }
 
@@ -163,7 +158,7 @@ SEAL_FN void store_ones(Number* to, State value) { store(*to, value); }
 
 // What loops go through at a time, a whole number of vectors and of bytes of packed spikes. Inner loops have always so
 // many passes, each independent of the others; where fewer numbers are left, they go through a padded copy.
-constexpr int kBlock = 256;
+constexpr int kBlock = 512;
 
 #define SEAL_EACH_VECTOR(State, i) for (int i = 0; i < kBlock; i += VectorOf<State>::kLanes)
 
@@ -199,6 +194,14 @@ SEAL_FN void stream_line(void* to, const void* from) {
   }
 #else
   std::memcpy(to, from, 64);
+#endif
+}
+
+// Asks for memory that is read one block later, so that it is on its way while this block is computed.
+template <typename Number>
+SEAL_FN void fetch_ahead(const Number* from) {
+#if defined(__GNUC__)
+  __builtin_prefetch(from + kBlock, 0, 2);
 #endif
 }
 

@@ -96,16 +96,15 @@ class Lif {
       for (int64_t t = 0; t < a.T; ++t) {
         if (learned) work.before[t] = work.v;
         charge_step(row_of_x(t) + start, count, work, work.h[t]);
-        derivative(work.h[t], threshold, alpha, work.g[t]);
+        derivative(work.h[t], threshold, alpha, row_of_gradient(t) + start, work.g[t]);
       }
       work.c.fill(0);
       if (a.grad_v_last) copy(static_cast<const State*>(a.grad_v_last) + start, count, work.c);
       if (learned) work.threshold_sum.fill(0), work.inverse_tau_sum.fill(0);
       for (int64_t t = a.T - 1; t >= 0; --t) {
         alignas(64) Number room[2][kBlock];
-        const Number* upstream = static_cast<const Number*>(a.grad_spikes) + t * a.grad_stride + start;
         BlockWriter<Number> grad_x(static_cast<Number*>(a.grad_x) + t * a.N + start, count, stream);
-        (this->*reverse)(whole_block(upstream, count, room[0]),
+        (this->*reverse)(whole_block(row_of_gradient(t) + start, count, room[0]),
                          learned ? whole_block(row_of_x(t) + start, count, room[1]) : nullptr, t, work, grad_x.block());
         grad_x.finish();
       }
@@ -126,7 +125,7 @@ class Lif {
   bool stream;   // whether rows are written past the cache
   bool learned;  // whether the parameters' gradients are asked for
   void (*charge_rows)(const Number* x, State reset, W& work, B& h);
-  void (*derivative)(const B& h, const C& threshold, State alpha, B& g);
+  void (*derivative)(const B& h, const C& threshold, State alpha, const Number* upstream, B& g);
   void (Lif::*reverse)(const Number* upstream, const Number* x, int64_t t, W& work, Number* grad_x) const;
 
   // Calls action(start, count, work) for each block, each thread taking one run of neighbours.
@@ -158,6 +157,10 @@ class Lif {
     }
   }
 
+  const Number* row_of_gradient(int64_t t) const {
+    return static_cast<const Number*>(a.grad_spikes) + t * a.grad_stride;
+  }
+
   const Number* row_of_x(int64_t t) const { return static_cast<const Number*>(a.x) + t * a.x_stride; }
 
   void begin(int64_t start, int64_t count, B& v) const {
@@ -184,6 +187,7 @@ class Lif {
     const C tau(work.constants[TAU]), inverse_tau(work.constants[INVERSE_TAU]);
     const C decay(work.constants[DECAY_FACTOR]), threshold(work.constants[THRESHOLD]);
     SEAL_EACH_VECTOR(State, i) {
+      fetch_ahead(x + i);
       const V charged = charge<CHARGE>(work.v[i], load_vector(x + i), tau[i], inverse_tau[i], decay[i], reset);
       h.set(i, charged);
       work.v.set(i, reset_potential<SOFT>(charged, fire(charged, threshold[i]), threshold[i], reset));
@@ -205,9 +209,10 @@ class Lif {
   }
 
   template <int SURROGATE>
-  static void derivative_as(const B& h, const C& threshold, State alpha, B& g) {
+  static void derivative_as(const B& h, const C& threshold, State alpha, const Number* upstream, B& g) {
     SEAL_EACH_VECTOR(State, i) {
-      g.set(i, surrogate_derivative<SURROGATE, Rough<Number>::value>(h[i] - threshold[i], alpha));
+      fetch_ahead(upstream + i);
+      g.set(i, surrogate_derivative<SURROGATE>(h[i] - threshold[i], alpha));
     }
   }
 

@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(THREADS, 1) lif_backward(
 #pragma unroll
       for (int i = 0; i < VECTOR; ++i) {
         const Real spike = fire(h[t][i], of.threshold(i)), a = load(upstream[t].at[i]);
-        const Real g = surrogate_derivative<SURROGATE, Rough<Number>::value>(h[t][i] - of.threshold(i), alpha);
+        const Real g = surrogate_derivative<SURROGATE>(h[t][i] - of.threshold(i), alpha);
         const Real dh = a * g + c.at[i] * reset_slope<SOFT, DETACH>(h[t][i], spike, g, of.threshold(i), reset);
         if (PARAMETERS) {
           const Real slope = reset_threshold_slope<SOFT, DETACH>(h[t][i], spike, g, of.threshold(i), reset);

@@ -8,15 +8,15 @@ enum SurrogateKind {
   SIGMOID, ATAN, PIECEWISE_QUADRATIC, PIECEWISE_EXP, SOFT_SIGN, SUPER_SPIKE, ERF, TRIANGLE, RECTANGLE
 };
 
-// State is a number or, in native code, a vector of them; Scalar is a number. ROUGH as in numbers.h.
-template <int KIND, bool ROUGH, typename State, typename Scalar>
+// State is a number or, in native code, a vector of them; Scalar is a number.
+template <int KIND, typename State, typename Scalar>
 SEAL_FN State surrogate_derivative(State u, Scalar alpha) {
   const State zero = {}, magnitude = magnitude_of(u);
   const Scalar half = Scalar(0.5);
   if (KIND == SIGMOID) {
     // p(1-p) = e/(1+e)^2 with e = exp(-α|u|): no cancellation where p is near 1.
-    const State e = exp_negative<ROUGH>(magnitude, alpha), sum = 1 + e;
-    return divide_by_moderate<ROUGH>(alpha * e, sum * sum);
+    const State e = exp_negative(magnitude, alpha), sum = 1 + e;
+    return divide_by_moderate(alpha * e, sum * sum);
   }
   if (KIND == ATAN) {
     const State scaled = u * (Scalar(1.5707963267948966) * alpha);
@@ -26,7 +26,7 @@ SEAL_FN State surrogate_derivative(State u, Scalar alpha) {
     const State value = alpha - (alpha * alpha) * magnitude;
     return value < zero ? zero : value;
   }
-  if (KIND == PIECEWISE_EXP) return (half * alpha) * exp_negative<ROUGH>(magnitude, alpha);
+  if (KIND == PIECEWISE_EXP) return (half * alpha) * exp_negative(magnitude, alpha);
   if (KIND == SOFT_SIGN) {
     const State width = Scalar(1) / alpha + magnitude;
     return half / (alpha * width * width);
@@ -37,7 +37,7 @@ SEAL_FN State surrogate_derivative(State u, Scalar alpha) {
   }
   if (KIND == ERF) {
     const State scaled = u * alpha;
-    return (alpha * Scalar(0.5641895835477563)) * exp_negative<ROUGH>(scaled * scaled, Scalar(1));  // 1/√π
+    return (alpha * Scalar(0.5641895835477563)) * exp_negative(scaled * scaled, Scalar(1));  // 1/√π
   }
   if (KIND == TRIANGLE) {
     const State value = 1 - magnitude;
