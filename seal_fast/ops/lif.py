@@ -16,6 +16,7 @@ from ..kernels.lif.options import Options
 from ..kernels.packing.reference import bytes_of, pack
 from ..kernels.surrogate.reference import Surrogate
 from ._arguments import neuron_options, require_device, require_float_tensor, require_per_channel, shape
+from ._dispatch import is_eager
 
 
 def lif(
@@ -81,7 +82,8 @@ def lif(
     surrogate = options["surrogate"]
     tau, tau_tensor = _number_and_tensor(tau)
     threshold, threshold_tensor = _number_and_tensor(v_threshold)
-    spikes, v_last, packed = _lif(
+    run = _Eager.apply if is_eager(x, v_init, tau_tensor, threshold_tensor) else _lif
+    spikes, v_last, packed = run(
         x,
         v_init,
         tau_tensor,
@@ -130,15 +132,18 @@ def _kernel(backend: str) -> ModuleType:
     return importlib.import_module(f"..kernels.lif.{backend}", __package__)
 
 
-@torch.library.custom_op(
-    "seal_fast::lif",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor? v_init, {_OPTIONS}, bool keep_v, bool pack) -> (Tensor, Tensor, Tensor)",
-)
-def _lif(x, v_init, *arguments):
+def _run(x, v_init, *arguments):
     *options, keep_v, pack = arguments
     outputs = _kernel(options[-1]).forward(x, v_init, _options(*options), keep_v=keep_v, pack=pack)
     return tuple(x.new_empty(0) if output is None else output for output in outputs)
+
+
+_lif = torch.library.custom_op(
+    "seal_fast::lif",
+    _run,
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor? v_init, {_OPTIONS}, bool keep_v, bool pack) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @_lif.register_fake
@@ -149,19 +154,22 @@ def _(x, v_init, *arguments):
     return spikes, v_last, x.new_empty(bytes_of(x), dtype=torch.uint8) if pack else x.new_empty(0)
 
 
-@torch.library.custom_op(
+def _run_backward(grad_spikes, grad_v_last, x, v_init, tau_tensor, threshold_tensor, *options):
+    learned = tau_tensor is not None or threshold_tensor is not None
+    options = (tau_tensor, threshold_tensor, *options)
+    grads = _kernel(options[-1]).backward(grad_spikes, grad_v_last, x, v_init, _options(*options), parameters=learned)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+_lif_backward = torch.library.custom_op(
     "seal_fast::lif_backward",
+    _run_backward,
     mutates_args=(),
     schema=(
         f"(Tensor grad_spikes, Tensor? grad_v_last, Tensor x, Tensor? v_init, {_OPTIONS}) "
         "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
 )
-def _lif_backward(grad_spikes, grad_v_last, x, v_init, tau_tensor, threshold_tensor, *options):
-    learned = tau_tensor is not None or threshold_tensor is not None
-    options = (tau_tensor, threshold_tensor, *options)
-    grads = _kernel(options[-1]).backward(grad_spikes, grad_v_last, x, v_init, _options(*options), parameters=learned)
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @_lif_backward.register_fake
@@ -179,6 +187,7 @@ def _save(ctx, inputs, output):
     x, v_init, tau_tensor, threshold_tensor, *ctx.options, ctx.keep_v, _ = inputs
     ctx.save_for_backward(x, v_init, tau_tensor, threshold_tensor)
     ctx.set_materialize_grads(False)
+    ctx.run = _lif_backward
 
 
 def _backward(ctx, grad_spikes, grad_v_last, _):
@@ -187,7 +196,7 @@ def _backward(ctx, grad_spikes, grad_v_last, _):
         grad_spikes = torch.zeros_like(x[:1]).expand_as(x)
     if not ctx.keep_v:
         grad_v_last = None
-    grad_x, grad_v_init, grad_threshold, grad_inverse_tau = _lif_backward(
+    grad_x, grad_v_init, grad_threshold, grad_inverse_tau = ctx.run(
         grad_spikes, grad_v_last, x, v_init, tau_tensor, threshold_tensor, *ctx.options
     )
     grad_tau = None
@@ -207,6 +216,25 @@ def _summed_like(parts: Tensor, parameter: Tensor) -> Tensor:
     if parameter.dim() == 0 or parameter.shape[0] == 1:
         return parts.sum().reshape(parameter.shape).to(parameter.dtype)
     return parts.sum([axis for axis in range(parts.dim()) if axis != 1]).to(parameter.dtype)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without its registration."""
+
+    @staticmethod
+    def forward(*inputs):
+        return _run(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if not torch.is_grad_enabled():  # else the operator refuses to be differentiated again
+            ctx.run = _run_backward
+        return _backward(ctx, *grads)
 
 
 def _refuse_second_derivative(ctx, *grads):

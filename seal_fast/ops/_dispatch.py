@@ -1,0 +1,18 @@
+"""Two ways into a kernel with a gradient: the registered operator, and the direct one that is as quick as can be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether a call can go the direct way, an autograd.Function.
+
+    torch.compile, torch.export and fake tensors need the operator that is registered with torch.library; each call of
+    it costs about 0.1 ms on the host, as much as a small layer's kernel.
+    """
+    plain = all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    return plain and not torch.compiler.is_compiling()
