@@ -5,6 +5,7 @@ recognises tl.constexpr only as an object.
 """
 
 import contextlib
+import os
 import struct
 
 import torch
@@ -12,6 +13,9 @@ import triton
 import triton.language as tl
 
 ACCESS = 16  # bytes that one thread reads or writes at once: the widest access there is
+
+# Triton's div_rn takes subnormal numbers for 0 on NVIDIA's GPUs, in 3.2 and 3.3 at least; PTX has the division itself.
+_IN_PTX = tl.constexpr(torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1")
 
 
 def start(kernel, blocks: int, *arguments, device: torch.device, num_warps: int, **constants) -> None:
@@ -37,7 +41,7 @@ def argument(value: float, dtype: torch.dtype) -> float | int:
 @triton.jit
 def number(value, STATE: tl.constexpr):
     """A number from `argument`, in the state's dtype."""
-    if STATE == tl.float64:
+    if tl.float64 == STATE:
         value = tl.cast(tl.cast(value, tl.int64), tl.float64, bitcast=True)
     else:
         value = tl.cast(value, STATE)
@@ -49,6 +53,10 @@ def divide(a, b):
     """The quotient rounded to nearest, as IEEE has it; `/` is an approximation in float32."""
     if a.dtype == tl.float64:
         quotient = a / b
+    elif _IN_PTX:
+        quotient = tl.inline_asm_elementwise(
+            "div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1
+        )
     else:
         quotient = tl.div_rn(a, b)
     return quotient

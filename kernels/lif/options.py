@@ -47,7 +47,9 @@ class Options:
         if not self.in_tensors:
             return torch.tensor(self.numbers(), dtype=dtype, device=device).unsqueeze(1)
         values = [
-            torch.as_tensor(value, dtype=torch.float64, device=device).detach().reshape(-1)
+            value.detach().to(device, torch.float64).reshape(-1)
+            if isinstance(value, torch.Tensor)
+            else torch.full((1,), value, dtype=torch.float64, device=device)  # as_tensor would wait for the device
             for value in (self.tau, self.v_threshold)
         ]
         channels = max(value.numel() for value in values)

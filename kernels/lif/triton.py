@@ -22,13 +22,27 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch.layout import as_rows, empty_rows, like_row, like_rows
-from ..launch.triton import ACCESS, aligned, argument, divide, number, start
+from ..launch.triton import ACCESS, aligned, argument, number, start
+from ..packing.reference import bytes_of
 from ..surrogate.triton import derivative
 from .options import Options
 from .reference import state_dtype
+from .triton_neuron import (
+    charge,
+    constants_of,
+    fire,
+    input_slope,
+    inverse_tau_slope,
+    reset_potential,
+    reset_slope,
+    reset_threshold_slope,
+)
 
 THREADS = 128  # of a program
 CHUNK = tl.constexpr(16)  # time steps whose potentials are in registers at once
+# Bytes that a thread keeps in registers for the way back, at most: beyond it, few threads run, or registers spill.
+KEPT = 256
+KEPT_LONG = 192  # where chunks follow each other, whose offsets take registers too
 
 # Triton would compile anew for sizes that are 1 or divisible by 16, as those of another batch or resolution may be. It
 # is kept from it; all that kernels need to know is ALIGNED, which has two values for each dtype.
@@ -37,71 +51,29 @@ _BY_VALUE = [*_NUMBERS, "N", "x_stride", "C", "channel_stride", "chunks"]
 
 
 @triton.jit
-def _charge(v, x, tau, inverse_tau, decay, reset, CHARGE: tl.constexpr, EXACT_INVERSE: tl.constexpr):
-    if CHARGE == "decay":  # decay_input=False, r = 0
-        h = v * decay + x
-    else:
-        distance = v - reset
-        if CHARGE == "filter":  # decay_input=True
-            distance = x - distance
-        # Where 1/τ is a power of two, the product is the quotient.
-        current = distance * inverse_tau if EXACT_INVERSE else divide(distance, tau)
-        h = v + current if CHARGE == "filter" else v - current + x
-    return h
-
-
-@triton.jit
-def _fire(h, threshold):
-    return (h - threshold >= 0).to(h.dtype)  # NaN does not fire
-
-
-@triton.jit
-def _reset(h, spike, threshold, reset, SOFT: tl.constexpr):
-    return h - spike * threshold if SOFT else (1.0 - spike) * h + spike * reset
-
-
-@triton.jit
 def _size(value, ALIGNED: tl.constexpr):
     return tl.multiple_of(tl.cast(value, tl.int64), ALIGNED)
 
 
 @triton.jit
-def _constants(
-    constants,  # [4, C] in the state's dtype: τ, 1/τ, 1 - 1/τ and θ; None: they are the numbers that follow
-    tau,
-    inverse_tau,
-    decay,
-    threshold,
-    start,  # the program's first neuron
-    lane,  # [BLOCK], counts the program's neurons
-    C,
-    channel_stride,  # neuron n has channel n // channel_stride % C
-    STATE: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-):
-    if constants is None:
-        tau, inverse_tau = number(tau, STATE), number(inverse_tau, STATE)
-        decay, threshold = number(decay, STATE), number(threshold, STATE)
-    else:
-        if PER_CHANNEL:
-            # The division of 64 bits is one for the program; each neuron's own are of 32 bits.
-            first = (start // channel_stride % C).to(tl.int32)
-            constants += (first + ((start % channel_stride).to(tl.int32) + lane) // channel_stride) % C
-        tau, inverse_tau = tl.load(constants), tl.load(constants + C)
-        decay, threshold = tl.load(constants + 2 * C), tl.load(constants + 3 * C)
-    return tau, inverse_tau, decay, threshold
+def _store_bits(packed, spike, mask):
+    """Eight spikes to a byte; packed is [BLOCK / 8] pointers, spike and mask are [BLOCK]."""
+    fired = tl.reshape((mask & (spike > 0)).to(tl.int32), [packed.shape[0], 8])
+    inside = tl.reshape(mask.to(tl.int32), [packed.shape[0], 8])
+    byte = tl.sum(fired << tl.arange(0, 8)[None, :], 1)
+    tl.store(packed, byte.to(tl.uint8), tl.max(inside, 1) > 0)
 
 
 @triton.jit
 def _steps_forward(
     recur: tl.constexpr,  # this function
     STEPS: tl.constexpr,  # how many steps to run: the deeper levels run all but the last of them
-    x,  # [BLOCK] pointers to the first step, whose rows are x_stride apart
+    first,  # of the steps
     v,  # [BLOCK] potential before it
-    spikes,  # [BLOCK] pointers to it, whose rows are N apart; or None
-    packed,  # [BLOCK / 8] pointers to it, whose rows are ceil(N / 8) apart; or None
+    x,  # [BLOCK] pointers to the neurons' inputs at step 0, whose rows are x_stride apart
+    spikes,  # [BLOCK] likewise, whose rows are N apart; or None
+    packed,  # [BLOCK / 8] likewise, whose rows are ceil(N / 8) apart; or None
     mask,
-    packed_mask,
     x_stride,
     N,
     tau,
@@ -110,26 +82,23 @@ def _steps_forward(
     threshold,
     reset,
     CHARGE: tl.constexpr,
-    EXACT_INVERSE: tl.constexpr,
     SOFT: tl.constexpr,
 ):
     """Return the potential after the steps. All of their inputs are asked for before the first is waited for."""
     if STEPS > 0:
-        t = STEPS - 1
+        t = first + (STEPS - 1)
         x_t = tl.load(x + t * x_stride, mask, other=0.0).to(v.dtype)
         v = recur(
-            recur, STEPS - 1, x, v, spikes, packed, mask, packed_mask, x_stride, N,
-            tau, inverse_tau, decay, threshold, reset, CHARGE, EXACT_INVERSE, SOFT,
+            recur, STEPS - 1, first, v, x, spikes, packed, mask, x_stride, N,
+            tau, inverse_tau, decay, threshold, reset, CHARGE, SOFT,
         )  # fmt: skip
-        h = _charge(v, x_t, tau, inverse_tau, decay, reset, CHARGE, EXACT_INVERSE)
-        spike = _fire(h, threshold)
+        h = charge(v, x_t, tau, inverse_tau, decay, reset, CHARGE)
+        spike = fire(h, threshold)
         if spikes is not None:
             tl.store(spikes + t * N, spike.to(spikes.dtype.element_ty), mask)
         if packed is not None:
-            fired = tl.reshape((mask & (spike > 0)).to(tl.int32), [packed.shape[0], 8])
-            byte = tl.sum(fired << tl.arange(0, 8)[None, :], 1)
-            tl.store(packed + t * tl.cdiv(N, 8), byte.to(tl.uint8), packed_mask)
-        v = _reset(h, spike, threshold, reset, SOFT)
+            _store_bits(packed + t * tl.cdiv(N, 8), spike, mask)
+        v = reset_potential(h, spike, threshold, reset, SOFT)
     return v
 
 
@@ -140,7 +109,7 @@ def _forward(
     spikes,  # [T, N]
     v_last,  # [N] in the state's dtype, or None
     packed,  # [T, ceil(N / 8)] uint8, or None
-    constants,  # this and what follows as in _constants
+    constants,  # this and what follows as in constants_of
     tau,
     inverse_tau,
     decay,
@@ -155,56 +124,51 @@ def _forward(
     LONG: tl.constexpr,  # whether there are more chunks
     STATE: tl.constexpr,  # dtype of the potential
     CHARGE: tl.constexpr,
-    EXACT_INVERSE: tl.constexpr,
     SOFT: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     N, x_stride = _size(N, ALIGNED), _size(x_stride, ALIGNED)
-    begin, lane = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
-    mask = begin + lane < N
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    n = begin + tl.arange(0, BLOCK)
+    mask = n < N
     reset = number(reset, STATE)
-    tau, inverse_tau, decay, threshold = _constants(
-        constants, tau, inverse_tau, decay, threshold, begin, lane, C, channel_stride, STATE, PER_CHANNEL
+    tau, inverse_tau, decay, threshold = constants_of(
+        constants, tau, inverse_tau, decay, threshold, begin, C, channel_stride, STATE, PER_CHANNEL, BLOCK
     )
-    x += begin + lane
-    spikes += begin + lane
-    packed_mask = mask
+    x += n
+    spikes += n
     if packed is not None:
-        byte = begin // 8 + tl.arange(0, BLOCK // 8)
-        packed += byte
-        packed_mask = byte * 8 < N
-    v = tl.full([BLOCK], reset, STATE) if v_init is None else tl.load(v_init + begin + lane, mask, other=0.0)
+        packed += begin // 8 + tl.arange(0, BLOCK // 8)
+    v = tl.full([BLOCK], reset, STATE) if v_init is None else tl.load(v_init + n, mask, other=0.0)
     v = _steps_forward(
-        _steps_forward, STEPS, x, v, spikes, packed, mask, packed_mask, x_stride, N,
-        tau, inverse_tau, decay, threshold, reset, CHARGE, EXACT_INVERSE, SOFT,
+        _steps_forward, STEPS, 0, v, x, spikes, packed, mask, x_stride, N,
+        tau, inverse_tau, decay, threshold, reset, CHARGE, SOFT,
     )  # fmt: skip
     if LONG:
         for chunk in range(chunks):
             t = STEPS + tl.cast(chunk, tl.int64) * CHUNK
-            later = packed
-            if packed is not None:
-                later += t * tl.cdiv(N, 8)
             v = _steps_forward(
-                _steps_forward, CHUNK, x + t * x_stride, v, spikes + t * N, later, mask, packed_mask, x_stride, N,
-                tau, inverse_tau, decay, threshold, reset, CHARGE, EXACT_INVERSE, SOFT,
+                _steps_forward, CHUNK, t, v, x, spikes, packed, mask, x_stride, N,
+                tau, inverse_tau, decay, threshold, reset, CHARGE, SOFT,
             )  # fmt: skip
     if v_last is not None:
-        tl.store(v_last + begin + lane, v, mask)
+        tl.store(v_last + n, v, mask)
 
 
 @triton.jit
 def _steps_backward(
     recur: tl.constexpr,  # this function
     STEPS: tl.constexpr,  # how many steps to run: this level runs the first, the deeper ones those after it
-    x,  # [BLOCK] pointers to the first step, whose rows are x_stride apart
-    grad_spikes,  # [BLOCK] pointers to it, whose rows are grad_stride apart
-    grad_x,  # [BLOCK] pointers to it, whose rows are N apart
+    first,  # of the steps
     v,  # [BLOCK] potential before it
     c,  # [BLOCK] gradient of the potential after the last step
-    grad_threshold,  # [BLOCK] sum over the steps after these
-    grad_inverse_tau,  # [BLOCK] likewise
+    sum_threshold,  # [BLOCK] sum over the steps after these
+    sum_inverse_tau,  # [BLOCK] likewise
+    x,  # [BLOCK] pointers to the neurons' inputs at step 0, whose rows are x_stride apart
+    grad_spikes,  # [BLOCK] likewise, whose rows are grad_stride apart
+    grad_x,  # [BLOCK] likewise, whose rows are N apart
     mask,
     x_stride,
     grad_stride,
@@ -216,7 +180,6 @@ def _steps_backward(
     reset,
     alpha,
     CHARGE: tl.constexpr,
-    EXACT_INVERSE: tl.constexpr,
     SOFT: tl.constexpr,
     DETACH: tl.constexpr,
     SURROGATE: tl.constexpr,
@@ -224,33 +187,25 @@ def _steps_backward(
 ):
     """Run the steps forwards on the way in and back on the way out; return c before them, and the two sums."""
     if STEPS > 0:
-        x_t = tl.load(x, mask, other=0.0).to(v.dtype)
-        a = tl.load(grad_spikes, mask, other=0.0)
-        h = _charge(v, x_t, tau, inverse_tau, decay, reset, CHARGE, EXACT_INVERSE)
-        spike = _fire(h, threshold)
-        c, grad_threshold, grad_inverse_tau = recur(
-            recur, STEPS - 1, x + x_stride, grad_spikes + grad_stride, grad_x + N,
-            _reset(h, spike, threshold, reset, SOFT), c, grad_threshold, grad_inverse_tau,
-            mask, x_stride, grad_stride, N, tau, inverse_tau, decay, threshold, reset, alpha,
-            CHARGE, EXACT_INVERSE, SOFT, DETACH, SURROGATE, PARAMETERS,
+        x_t = tl.load(x + first * x_stride, mask, other=0.0).to(v.dtype)
+        a = tl.load(grad_spikes + first * grad_stride, mask, other=0.0)
+        h = charge(v, x_t, tau, inverse_tau, decay, reset, CHARGE)
+        spike = fire(h, threshold)
+        c, sum_threshold, sum_inverse_tau = recur(
+            recur, STEPS - 1, first + 1, reset_potential(h, spike, threshold, reset, SOFT),
+            c, sum_threshold, sum_inverse_tau, x, grad_spikes, grad_x, mask, x_stride, grad_stride, N,
+            tau, inverse_tau, decay, threshold, reset, alpha, CHARGE, SOFT, DETACH, SURROGATE, PARAMETERS,
         )  # fmt: skip
         g = derivative(h - threshold, alpha, SURROGATE)
         a_g = a.to(v.dtype) * g
-        slope = 1.0 if SOFT else 1.0 - spike  # ∂v/∂h
-        if not DETACH:
-            slope += -threshold * g if SOFT else (reset - h) * g
-        dh = a_g + c * slope
+        dh = a_g + c * reset_slope(h, spike, g, threshold, reset, SOFT, DETACH)
         if PARAMETERS:
-            threshold_slope = -spike if SOFT else 0.0 * spike  # ∂v/∂θ
-            if not DETACH:
-                threshold_slope += threshold * g if SOFT else -(reset - h) * g
-            grad_threshold += c * threshold_slope - a_g
-            distance = v - reset
-            grad_inverse_tau += dh * (x_t - distance if CHARGE == "filter" else -distance)
-        dx = dh * inverse_tau if CHARGE == "filter" else dh
-        tl.store(grad_x, dx.to(grad_x.dtype.element_ty), mask)
+            sum_threshold += c * reset_threshold_slope(h, spike, g, threshold, reset, SOFT, DETACH) - a_g
+            sum_inverse_tau += dh * inverse_tau_slope(v, x_t, reset, CHARGE)
+        dx = dh * input_slope(inverse_tau, CHARGE)
+        tl.store(grad_x + first * N, dx.to(grad_x.dtype.element_ty), mask)
         c = dh * decay
-    return c, grad_threshold, grad_inverse_tau
+    return c, sum_threshold, sum_inverse_tau
 
 
 @triton.jit(do_not_specialize=[*_BY_VALUE, "alpha", "grad_stride"])
@@ -264,7 +219,7 @@ def _backward(
     grad_threshold,  # [N] in the state's dtype, or None: sum over T of each neuron's part
     grad_inverse_tau,  # [N] likewise
     checkpoints,  # [chunks, N] in the state's dtype: room for the potential before each chunk but the first
-    constants,  # this and what follows as in _constants
+    constants,  # this and what follows as in constants_of
     tau,
     inverse_tau,
     decay,
@@ -281,7 +236,6 @@ def _backward(
     LONG: tl.constexpr,
     STATE: tl.constexpr,
     CHARGE: tl.constexpr,
-    EXACT_INVERSE: tl.constexpr,
     SOFT: tl.constexpr,
     DETACH: tl.constexpr,
     SURROGATE: tl.constexpr,
@@ -291,57 +245,56 @@ def _backward(
     BLOCK: tl.constexpr,
 ):
     N, x_stride, grad_stride = _size(N, ALIGNED), _size(x_stride, ALIGNED), _size(grad_stride, ALIGNED)
-    begin, lane = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
-    mask = begin + lane < N
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    n = begin + tl.arange(0, BLOCK)
+    mask = n < N
     reset, alpha = number(reset, STATE), number(alpha, STATE)
-    tau, inverse_tau, decay, threshold = _constants(
-        constants, tau, inverse_tau, decay, threshold, begin, lane, C, channel_stride, STATE, PER_CHANNEL
+    tau, inverse_tau, decay, threshold = constants_of(
+        constants, tau, inverse_tau, decay, threshold, begin, C, channel_stride, STATE, PER_CHANNEL, BLOCK
     )
-    x += begin + lane
-    grad_spikes += begin + lane
-    grad_x += begin + lane
-    v = tl.full([BLOCK], reset, STATE) if v_init is None else tl.load(v_init + begin + lane, mask, other=0.0)
+    x += n
+    grad_spikes += n
+    grad_x += n
+    v = tl.full([BLOCK], reset, STATE) if v_init is None else tl.load(v_init + n, mask, other=0.0)
     c = tl.zeros([BLOCK], STATE)
     sum_threshold = c
     sum_inverse_tau = c
     if grad_v_last is not None:
-        c = tl.load(grad_v_last + begin + lane, mask, other=0.0)
+        c = tl.load(grad_v_last + n, mask, other=0.0)
     if LONG:
         # Forwards through all chunks but the last, then back through all chunks but the first.
-        checkpoints += begin + lane
+        checkpoints += n
         later = _steps_forward(
-            _steps_forward, STEPS, x, v, None, None, mask, mask, x_stride, N,
-            tau, inverse_tau, decay, threshold, reset, CHARGE, EXACT_INVERSE, SOFT,
+            _steps_forward, STEPS, 0, v, x, None, None, mask, x_stride, N,
+            tau, inverse_tau, decay, threshold, reset, CHARGE, SOFT,
         )  # fmt: skip
         tl.store(checkpoints, later, mask)
         for i in range(chunks - 1):
             chunk = tl.cast(i, tl.int64)
             later = _steps_forward(
-                _steps_forward, CHUNK, x + (STEPS + chunk * CHUNK) * x_stride, later, None, None, mask, mask, x_stride, N,
-                tau, inverse_tau, decay, threshold, reset, CHARGE, EXACT_INVERSE, SOFT,
+                _steps_forward, CHUNK, STEPS + chunk * CHUNK, later, x, None, None, mask, x_stride, N,
+                tau, inverse_tau, decay, threshold, reset, CHARGE, SOFT,
             )  # fmt: skip
             tl.store(checkpoints + (chunk + 1) * N, later, mask)
         tl.debug_barrier()  # Triton may have a thread read what another one wrote
         for i in range(chunks):
             chunk = tl.cast(chunks - 1 - i, tl.int64)
-            t = STEPS + chunk * CHUNK
             later = tl.load(checkpoints + chunk * N, mask, other=0.0)
             c, sum_threshold, sum_inverse_tau = _steps_backward(
-                _steps_backward, CHUNK, x + t * x_stride, grad_spikes + t * grad_stride, grad_x + t * N, later,
-                c, sum_threshold, sum_inverse_tau,
-                mask, x_stride, grad_stride, N, tau, inverse_tau, decay, threshold, reset, alpha,
-                CHARGE, EXACT_INVERSE, SOFT, DETACH, SURROGATE, PARAMETERS,
+                _steps_backward, CHUNK, STEPS + chunk * CHUNK, later,
+                c, sum_threshold, sum_inverse_tau, x, grad_spikes, grad_x, mask, x_stride, grad_stride, N,
+                tau, inverse_tau, decay, threshold, reset, alpha, CHARGE, SOFT, DETACH, SURROGATE, PARAMETERS,
             )  # fmt: skip
     c, sum_threshold, sum_inverse_tau = _steps_backward(
-        _steps_backward, STEPS, x, grad_spikes, grad_x, v, c, sum_threshold, sum_inverse_tau,
-        mask, x_stride, grad_stride, N, tau, inverse_tau, decay, threshold, reset, alpha,
-        CHARGE, EXACT_INVERSE, SOFT, DETACH, SURROGATE, PARAMETERS,
+        _steps_backward, STEPS, 0, v,
+        c, sum_threshold, sum_inverse_tau, x, grad_spikes, grad_x, mask, x_stride, grad_stride, N,
+        tau, inverse_tau, decay, threshold, reset, alpha, CHARGE, SOFT, DETACH, SURROGATE, PARAMETERS,
     )  # fmt: skip
     if grad_v_init is not None:
-        tl.store(grad_v_init + begin + lane, c, mask)
+        tl.store(grad_v_init + n, c, mask)
     if PARAMETERS:
-        tl.store(grad_threshold + begin + lane, sum_threshold, mask)
-        tl.store(grad_inverse_tau + begin + lane, sum_inverse_tau, mask)
+        tl.store(grad_threshold + n, sum_threshold, mask)
+        tl.store(grad_inverse_tau + n, sum_inverse_tau, mask)
 
 
 def forward(
@@ -357,9 +310,9 @@ def forward(
     spikes = empty_rows(x)
     state = state_dtype(x.dtype)
     v_last = torch.empty_like(spikes[0], dtype=state) if keep_v else None
-    packed = x.new_empty((x.shape[0], -(-x[0].numel() // 8)), dtype=torch.uint8) if pack else None
+    packed = x.new_empty(bytes_of(x), dtype=torch.uint8) if pack else None
     v_init = None if v_init is None else like_row(v_init.to(state), x[0])
-    _launch(_forward, (x[0], v_init, spikes, v_last, packed), x, options, elements=_elements(x.dtype))
+    _launch(_forward, (x[0], v_init, spikes, v_last, packed), x, options)
     return spikes, v_last, packed
 
 
@@ -389,7 +342,7 @@ def backward(
         options,
         numbers=(options.surrogate.alpha,),
         strides=(grad_spikes.stride(0),),
-        elements=_elements(x.dtype),
+        kept=(1 + parameters) * (x.dtype.itemsize + state.itemsize),  # a and h; x and v
         DETACH=options.detach_reset,
         SURROGATE=options.surrogate.name,
         PARAMETERS=parameters,
@@ -397,13 +350,10 @@ def backward(
     return grad_x, *sums
 
 
-def _elements(dtype):
-    return ACCESS // dtype.itemsize
-
-
-def _launch(kernel, tensors, x, options, *, elements, numbers=(), strides=(), **flags):
-    """Start `kernel` with `elements` neighbouring neurons a thread."""
-    T, N, state = x.shape[0], x[0].numel(), state_dtype(x.dtype)
+def _launch(kernel, tensors, x, options, *, numbers=(), strides=(), kept=0, **flags):
+    """Start `kernel`, each thread of which keeps so many bytes of each of its neurons at each step."""
+    T, row, state = x.shape[0], x[0], state_dtype(x.dtype)
+    N = row.numel()
     if N == 0:
         return
     if options.in_tensors:
@@ -411,9 +361,13 @@ def _launch(kernel, tensors, x, options, *, elements, numbers=(), strides=(), **
     else:
         constants, values = None, options.numbers()
     C = 1 if constants is None else constants.shape[1]
-    charge = "filter" if options.decay_input else "leak" if options.v_reset else "decay"
     strides = (x.stride(0), *strides)
-    block = THREADS * elements
+    together = ACCESS // x.dtype.itemsize if aligned(x.dtype, N, *strides) else 1
+    long = T > CHUNK.value  # noqa: SIM300 (in capitals, but no literal)
+    neighbours = together
+    while neighbours > 1 and neighbours * min(T, CHUNK.value) * kept > (KEPT_LONG if long else KEPT):
+        neighbours //= 2
+    block = THREADS * neighbours
     start(
         kernel,
         -(-N // block),
@@ -423,18 +377,17 @@ def _launch(kernel, tensors, x, options, *, elements, numbers=(), strides=(), **
         N,
         *strides,
         C,
-        x[0].stride(1) if C > 1 else 1,  # of x [T, B, C, ...]
+        row.stride(1) if C > 1 else 1,  # of x [T, B, C, ...]
         (T - 1) // CHUNK.value,
         device=x.device,
         num_warps=THREADS // 32,
         STEPS=(T - 1) % CHUNK.value + 1,
-        LONG=T > CHUNK.value,
+        LONG=long,
         STATE=tl.float64 if state == torch.float64 else tl.float32,
-        CHARGE=charge,
-        EXACT_INVERSE=options.exact_inverse,
+        CHARGE=options.charge_kind,
         SOFT=options.v_reset is None,
         PER_CHANNEL=C > 1,
-        ALIGNED=ACCESS // x.dtype.itemsize if aligned(x.dtype, N, *strides) else 1,
+        ALIGNED=together,
         BLOCK=block,
         **flags,
     )

@@ -19,6 +19,6 @@ def bytes_of(spikes: torch.Tensor) -> tuple[int, int]:
 
 def pack(spikes: torch.Tensor) -> torch.Tensor:  # [T, ...], 0 or 1 -> [T, ceil(N/8)] uint8
     """Eight spikes to a byte."""
-    rows = memory_order(spikes).flatten(1)
+    rows = memory_order(spikes).flatten(1) if spikes.dim() > 1 else spikes.unsqueeze(1)
     bits = F.pad(rows, (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8)) != 0
     return (bits.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=spikes.device)).sum(-1, dtype=torch.uint8)
