@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+import published_loss
 import seal_fast
 from seal_fast.backends import resolve
 from seal_fast.kernels.lif import reference
@@ -27,6 +28,23 @@ def lif(device: torch.device, options: dict) -> dict[str, Callable[[torch.Tensor
     found["torch.compile of it"] = torch.compile(loop, dynamic=False)
     found.update(_spikingjelly(device, options))
     return found
+
+
+def seal_loss(device: torch.device, weights: dict) -> dict[str, Callable[..., torch.Tensor]]:
+    """Name -> function from logits, teacher logits and labels to the loss; ours first."""
+    found = {}
+    for name in ("triton", "cupy", "cpu"):
+        if _runs("seal_loss", name, device):
+            found[f"seal-fast {name}"] = functools.partial(_our_loss, name, weights)
+    published = functools.partial(published_loss.seal_loss, **weights)
+    found["published, eager"] = published
+    found["published, torch.compile"] = torch.compile(published, dynamic=False)
+    found["seal-fast reference"] = functools.partial(_our_loss, "torch", weights)
+    return found
+
+
+def _our_loss(backend, weights, logits, teacher_logits, labels):
+    return seal_fast.seal_loss(logits, teacher_logits, labels, backend=backend, **weights).loss
 
 
 def _runs(operator: str, backend: str, device: torch.device) -> bool:

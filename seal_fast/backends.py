@@ -25,8 +25,8 @@ OPERATORS = ("lif", "bn_lif", "seal_loss", "selective_alignment_weights")
 _KERNELS: dict[str, tuple[str, ...]] = {
     "lif": BACKENDS,
     "bn_lif": BACKENDS,
-    "seal_loss": ("torch",),
-    "selective_alignment_weights": ("torch",),
+    "seal_loss": ("cpu", "torch"),
+    "selective_alignment_weights": ("cpu", "torch"),
 }
 _DEVICES = {"triton": "cuda", "cupy": "cuda", "cpu": "cpu"}  # backend -> the type of device that it serves
 # backend -> why it cannot run here at all. Found out at import, as torch.compile cannot trace the search.
@@ -65,8 +65,8 @@ def check_name(backend: str) -> str:
     return backend
 
 
-def resolve(backend: str, operator: str, device: torch.device) -> str:
-    """The backend that runs `operator` on tensors of `device` when the user asks for `backend`.
+def resolve(backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The backend that runs `operator` on tensors of `device`, and `dtype`, when the user asks for `backend`.
 
     Raises:
         ValueError: The name is unknown, or names a backend that cannot run the call.
@@ -74,7 +74,7 @@ def resolve(backend: str, operator: str, device: torch.device) -> str:
     check_name(backend)
     if backend == "auto":
         backend = check_name(os.environ.get("SEAL_FAST_BACKEND") or "auto")
-    found = {name: _availability(operator, name, device) for name in BACKENDS}
+    found = {name: _availability(operator, name, device, dtype) for name in BACKENDS}
     able = [name for name, availability in found.items() if availability.available]
     if backend == "auto":
         if device.type == "cpu":
@@ -101,13 +101,17 @@ def shown(backend: str, operator: str) -> str:
     return f"auto ({', '.join(chosen)})"
 
 
-def _availability(operator: str, backend: str, device: torch.device | None = None) -> Availability:
+def _availability(
+    operator: str, backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Availability:
     if backend not in _KERNELS[operator]:
         return Availability(False, f"this version has no {backend} kernel for it")
     serves = _DEVICES.get(backend)
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device is not None and serves not in (None, device.type) and not interpreted:
         return Availability(False, f"it runs on {serves} tensors, and these are on {device.type}")
+    if dtype == torch.float64 and serves == "cuda" and operator != "lif":
+        return Availability(False, "it computes in float32, and these are float64")
     reason = _MISSING.get(backend, "")
     if not reason and device is None and serves == "cuda" and not interpreted and not torch.cuda.is_available():
         reason = "torch finds no CUDA GPU"

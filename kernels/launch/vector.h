@@ -78,6 +78,11 @@ SEAL_FN Vector<double> exp_negative(Vector<double> magnitude, double rate) {
   return magnitude;
 }
 
+SEAL_FN Vector<double> log_positive(Vector<double> x) {
+  for (int lane = 0; lane < VectorOf<double>::kLanes; ++lane) x[lane] = log_positive(x[lane]);
+  return x;
+}
+
 template <typename State>
 SEAL_FN Vector<State> load_vector(const State* from) {
   Vector<State> value;
@@ -238,6 +243,30 @@ class BlockWriter {
   const int64_t count;
   const bool direct;
 };
+
+template <typename State>
+SEAL_FN double sum_of_lanes(Vector<State> value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(State) == 4) return _mm512_reduce_add_ps((__m512)value);
+#endif
+  State lanes[VectorOf<State>::kLanes];
+  std::memcpy(lanes, &value, sizeof lanes);
+  double sum = 0;
+  for (State lane : lanes) sum += lane;
+  return sum;
+}
+
+template <typename State>
+SEAL_FN State max_of_lanes(Vector<State> value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(State) == 4) return _mm512_reduce_max_ps((__m512)value);
+#endif
+  State lanes[VectorOf<State>::kLanes];
+  std::memcpy(lanes, &value, sizeof lanes);
+  State most = lanes[0];
+  for (State lane : lanes) most = lane > most ? lane : most;
+  return most;
+}
 
 // Which lanes of a vector of zeros and ones hold a one: bit i for lane i.
 template <typename State>

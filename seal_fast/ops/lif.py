@@ -222,13 +222,11 @@ class _Eager(torch.autograd.Function):
     """The operator without its registration."""
 
     @staticmethod
-    def forward(*inputs):
-        return _run(*inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
+    def forward(ctx, *inputs):
+        output = _run(*inputs)
         _save(ctx, inputs, output)
         ctx.mark_non_differentiable(output[2])
+        return output
 
     @staticmethod
     def backward(ctx, *grads):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from ..backends import resolve
+from ..kernels.lif.reference import state_dtype
 from ..kernels.seal_loss import reference
 from ._arguments import require_device, require_float_tensor, require_number, shape
+from ._dispatch import is_eager
 
-_LOSS = {"torch": reference.seal_loss}
-_WEIGHTS = {"torch": reference.selective_alignment_weights}
 OBJECTIVES = ("seal", "kd", "tdkd")
 
 
@@ -73,10 +76,18 @@ def seal_loss(
     require_number("temperature", temperature, above=0.0)
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}.")
-    parts = _LOSS[resolve(backend, "seal_loss", logits.device)](
-        logits, teacher_logits, labels, alpha=alpha, beta=beta, temperature=temperature, objective=objective
-    )
-    return LossParts(*parts)
+    chosen = resolve(backend, "seal_loss", logits.device, logits.dtype)
+    if chosen == "torch":
+        parts = reference.seal_loss(
+            logits, teacher_logits, labels, alpha=alpha, beta=beta, temperature=temperature, objective=objective
+        )
+        return LossParts(*parts)
+    teacher_logits = teacher_logits.detach()
+    gradient = torch.is_grad_enabled() and logits.requires_grad
+    run = _Eager.apply if is_eager(logits, teacher_logits, labels) else _loss
+    numbers = float(alpha), float(beta), float(temperature)
+    loss, parts, _ = run(logits, teacher_logits, labels, *numbers, objective, chosen, gradient)
+    return LossParts(loss, *parts.unbind(0))
 
 
 def selective_alignment_weights(logits: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +107,10 @@ def selective_alignment_weights(logits: torch.Tensor, *, backend: str = "auto") 
         ValueError: logits has the wrong shape, or the named backend cannot run.
     """
     _require_logits(logits)
-    return _WEIGHTS[resolve(backend, "selective_alignment_weights", logits.device)](logits)
+    chosen = resolve(backend, "selective_alignment_weights", logits.device, logits.dtype)
+    if chosen == "torch":
+        return reference.selective_alignment_weights(logits)
+    return _weights(logits.detach(), chosen)
 
 
 def _require_logits(logits: torch.Tensor) -> None:
@@ -115,7 +129,121 @@ def _require_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
     if labels.shape != (B,):
         raise ValueError(f"labels must be [{B}] for logits {shape(logits)}; got {shape(labels)}.")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = ((labels < 0) | (labels >= K)) & (labels != reference.IGNORED)
-        if outside.any():
-            first = labels[outside][0].tolist()
+        low, high = (int(bound) for bound in torch.aminmax(labels))
+        outside = labels[((labels < 0) | (labels >= K)) & (labels != reference.IGNORED)] if low < 0 or high >= K else ()
+        if len(outside):
+            first = int(outside[0])
             raise ValueError(f"labels must be in [0, {K}) or {reference.IGNORED} to be ignored; got {first}.")
+
+
+@functools.cache
+def _kernel(backend: str) -> ModuleType:
+    """The module of a backend's kernels, which loads what the backend needs."""
+    return importlib.import_module(f"..kernels.seal_loss.{backend}", __package__)
+
+
+_SCHEMA = (
+    "(Tensor logits, Tensor teacher_logits, Tensor labels, float alpha, float beta, float temperature, "
+    "str objective, str backend, bool gradient)"
+)
+
+
+def _run(logits, teacher_logits, labels, alpha, beta, temperature, objective, backend, gradient):
+    parts, grad = _kernel(backend).forward(
+        logits,
+        teacher_logits,
+        labels,
+        alpha=alpha,
+        beta=beta,
+        temperature=temperature,
+        objective=objective,
+        gradient=gradient,
+    )
+    return parts[0], parts[1:], logits.new_empty(0) if grad is None else grad
+
+
+def _run_apart(*arguments):
+    loss, parts, grad = _run(*arguments)
+    return loss, parts.clone(), grad  # outputs of a registered operator share no memory
+
+
+_loss = torch.library.custom_op(
+    "seal_fast::seal_loss", _run_apart, mutates_args=(), schema=f"{_SCHEMA} -> (Tensor, Tensor, Tensor)"
+)
+
+
+@_loss.register_fake
+def _(logits, teacher_logits, labels, alpha, beta, temperature, objective, backend, gradient):
+    dtype = state_dtype(logits.dtype)
+    grad = torch.empty(logits.shape if gradient else 0, dtype=logits.dtype, device=logits.device)
+    return logits.new_empty((), dtype=dtype), logits.new_empty(3, dtype=dtype), grad
+
+
+@torch.library.custom_op(
+    "seal_fast::selective_alignment_weights",
+    mutates_args=(),
+    schema="(Tensor logits, str backend) -> (Tensor, Tensor)",
+)
+def _weights(logits, backend):
+    return _kernel(backend).weights(logits)
+
+
+@_weights.register_fake
+def _(logits, backend):
+    T, B, _ = logits.shape
+    dtype = state_dtype(logits.dtype)
+    return logits.new_empty((B, T, T), dtype=dtype), logits.new_empty((T, B), dtype=dtype)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], output[2])
+    ctx.arguments = inputs[3:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_loss, *_):
+    *_, grad = ctx.saved_tensors
+    if grad_loss is None:
+        return (None,) * 9
+    return (grad * grad_loss).to(grad.dtype), *[None] * 8
+
+
+_loss.register_autograd(_backward, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without its registration: what forward stored is scaled in place, if there is anything to scale."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _run(*inputs)
+        _save(ctx, inputs, output)
+        ctx.spent = False
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * 9
+        *inputs, grad = ctx.saved_tensors
+        if ctx.spent:  # the graph was retained for another pass
+            *_, grad = _run(*inputs, *ctx.arguments)
+        ctx.spent = True
+        backend = ctx.arguments[-2]
+        _kernel(backend).scale_(grad, grad_loss)
+        if torch.is_grad_enabled():
+            grad = _Once.apply(inputs[0], grad)
+        return grad, *[None] * 8
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on the logits in a way that is not known here."""
+
+    @staticmethod
+    def forward(ctx, logits, grad):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise NotImplementedError("seal_loss can be differentiated twice only with backend='torch'.")

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from seal_fast import seal_loss, selective_alignment_weights
 
+pytestmark = pytest.mark.usefixtures("each_loss_backend")
+
 OBJECTIVES = ("seal", "kd", "tdkd")
 
 

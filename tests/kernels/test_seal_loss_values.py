@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from seal_fast import seal_loss, selective_alignment_weights
 
+pytestmark = pytest.mark.usefixtures("each_loss_backend")
+
 IGNORED = -100
 VALUE = 1e-11  # relative; measured 8e-13
 GRADIENT = 1e-12  # of the largest entry; measured 6e-15

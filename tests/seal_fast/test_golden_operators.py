@@ -56,6 +56,7 @@ def loss_and_gradient(case, precision, alpha, beta, objective="seal"):
 loss_cases = pytest.mark.parametrize("case", CASES["loss"], ids=lambda case: f"case{case['j']}")
 
 
+@pytest.mark.usefixtures("each_loss_backend")
 @pytest.mark.parametrize("precision", DTYPES)
 @loss_cases
 def test_seal_loss_gives_the_published_parts(case, precision):
@@ -65,6 +66,7 @@ def test_seal_loss_gives_the_published_parts(case, precision):
         assert value.item() == pytest.approx(expected[name], rel=LOSS_VALUE[precision], abs=LOSS_VALUE[precision]), name
 
 
+@pytest.mark.usefixtures("each_loss_backend")
 @pytest.mark.parametrize("precision", DTYPES)
 @loss_cases
 def test_seal_loss_gives_the_published_gradient_of_each_part(case, precision):
@@ -82,6 +84,7 @@ def test_seal_loss_gives_the_published_gradient_of_each_part(case, precision):
         assert error <= LOSS_GRADIENT[precision] * largest, name
 
 
+@pytest.mark.usefixtures("each_loss_backend")
 @pytest.mark.parametrize("precision", DTYPES)
 @loss_cases
 def test_kd_and_tdkd_give_the_published_values_and_gradients(case, precision):

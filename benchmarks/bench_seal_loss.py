@@ -1,0 +1,48 @@
+"""The selective-alignment loss: forward, and forward with backward, against its published formulation.
+
+    pytest benchmarks/bench_seal_loss.py
+
+The floor is a read and a write of the logits.
+"""
+
+import pytest
+import torch
+
+import measure
+import peers
+
+SHAPES = {  # logits [T, B, K]
+    "cifar100": (4, 128, 100),
+    "imagenet": (4, 512, 1000),
+    "cifar10": (4, 128, 10),
+    "cifar10-dvs": (10, 32, 10),
+    "32k-classes": (4, 16, 32768),
+}
+WEIGHTS = {"alpha": 0.6, "beta": 0.15}
+CONTESTANTS = peers.seal_loss(measure.device(), WEIGHTS)
+
+
+def inputs(shape):
+    generator = torch.Generator(measure.device()).manual_seed(0)
+    logits = torch.randn(shape, generator=generator, device=measure.device()) * 3
+    teacher_logits = torch.randn(shape[1:], generator=generator, device=measure.device()) * 3
+    labels = torch.randint(0, shape[2], shape[1:2], generator=generator, device=measure.device())
+    return logits, teacher_logits, labels
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+@pytest.mark.parametrize("mode", ["both", "forward"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_seal_loss(contest, tiny, shape, mode, contestant):
+    function, (T, B, K) = CONTESTANTS[contestant], SHAPES[shape]
+    logits, teacher_logits, labels = inputs((T, 2, min(K, 8)) if tiny else (T, B, K))
+    exact = CONTESTANTS["published, eager"](logits.double(), teacher_logits.double(), labels)
+    assert abs(function(logits, teacher_logits, labels).item() / exact.item() - 1) < 1e-5
+    logits.requires_grad_(mode == "both")
+    if mode == "forward":
+        step = torch.no_grad()(lambda: function(logits, teacher_logits, labels))
+    else:
+        step = lambda: torch.autograd.grad(function(logits, teacher_logits, labels), logits)
+    tensor_bytes = logits.numel() * 4
+    floor = tensor_bytes * (2 if mode == "both" else 1)
+    contest(f"seal_loss {mode}, {shape} {[T, B, K]}", contestant, step, floor_bytes=floor, tensor_bytes=tensor_bytes)

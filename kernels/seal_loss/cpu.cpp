@@ -1,0 +1,411 @@
+// The selective-alignment loss on the CPU; reference.py has its meaning and source. A thread takes a sample through all
+// of it: the logits are read once, the gradient is written once, and what lies between stays in the caches.
+//
+// Rows of K numbers are padded to whole vectors with -inf, which adds nothing to any maximum, sum or divergence.
+// Compiled once for each instruction set in ISA (setup.py).
+#include "../launch/export.h"
+#include "../launch/vector.h"
+
+#include <limits>
+#include <vector>
+
+// As in cpu.py. Null pointers stand for what is not asked for.
+struct LossArguments {
+  const void *logits, *teacher;    // [T, B, K]; [B, K] dense in the state's type
+  const void* labels;              // [B] int64 or int32; null where the weights alone are asked for
+  void* parts;                     // [4] in the state's type: loss, CE, ELA, STA
+  void* grad;                      // [T, B, K] dense in the logits' type
+  void *weights, *confidence;      // [B, T, T], [T, B] in the state's type
+  double* samples;                 // [3, B]: room for each sample's CE, ELA and STA
+  int64_t T, B, K, stride_t, stride_b;
+  double alpha, beta, temperature;
+  int32_t dtype, objective, wide_labels, threads;
+};
+
+// As in cpu.py.
+struct ScaleArguments {
+  void* values;        // [count]
+  const void* factor;  // one number in the state's type
+  int64_t count;
+  int32_t dtype;
+};
+
+namespace {
+
+enum Objective { SEAL, KD, TDKD };
+
+constexpr int64_t kIgnored = -100;
+constexpr double kLogEps = 1e-8, kNormEps = 1e-12;
+
+// Below this many logits a second thread costs more than it saves; a row costs as much as kFixed logits besides.
+constexpr int64_t kGrain = 1 << 13, kFixed = 100;
+
+// How many vectors are added up in one register before they go to a double.
+constexpr int kRun = 16;
+
+template <typename State>
+struct alignas(64) Line { State at[64 / sizeof(State)]; };
+
+// Σ term(i) over a row, in an order that depends on its length alone.
+template <typename State, typename Term>
+SEAL_FN double sum_over(int64_t length, Term term) {
+  constexpr int64_t kLanes = VectorOf<State>::kLanes;
+  double sum = 0;
+  for (int64_t run = 0; run < length; run += kRun * kLanes) {
+    Vector<State> part = {};
+    for (int64_t i = run; i < std::min(length, run + kRun * kLanes); i += kLanes) part += term(i);
+    sum += sum_of_lanes<State>(part);
+  }
+  return sum;
+}
+
+// softmax(row / κ) and its logarithm, which is (row - max)/κ - log_sum; `exps` times `scale` is the softmax.
+template <typename State>
+struct Softmax {
+  const State *row, *exps;
+  State max, rate, scale, log_sum;
+
+  Vector<State> probability(int64_t i) const { return load_vector(exps + i) * scale; }
+  Vector<State> log_probability(int64_t i) const { return (load_vector(row + i) - max) * rate - log_sum; }
+  State probability_of(int64_t k) const { return exps[k] * scale; }
+};
+
+template <typename State, typename Number>
+class Loss {
+ public:
+  typedef Vector<State> V;
+  typedef Softmax<State> S;
+  static constexpr int64_t kLanes = VectorOf<State>::kLanes;
+
+  explicit Loss(const LossArguments& arguments)
+      : a(arguments), length((a.K + kLanes - 1) / kLanes * kLanes), rate(State(1 / a.temperature)) {
+    for (int64_t b = 0; b < a.B; ++b) valid += label_of(b) != kIgnored;
+    aligned_over_time = a.weights || (a.objective == SEAL && a.T > 1);
+  }
+
+  void run() const {
+    const int64_t enough = a.T * a.B * (a.K + kFixed) / kGrain;
+    const int threads = int(std::clamp<int64_t>(enough, 1, std::min<int64_t>(a.threads, a.B)));
+#pragma omp parallel num_threads(threads)
+    {
+      Rows rows(*this);
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < a.B; ++b) sample(b, rows);
+    }
+    if (!a.parts) return;
+    double sums[3] = {};
+    for (int part = 0; part < 3; ++part) {
+      for (int64_t b = 0; b < a.B; ++b) sums[part] += a.samples[part * a.B + b];
+      sums[part] /= double(valid * a.T);
+    }
+    double loss = sums[0];
+    if (a.alpha != 0) loss += a.alpha * sums[1];  // 0 · inf would be NaN
+    if (a.beta != 0) loss += a.beta * sums[2];
+    State* parts = static_cast<State*>(a.parts);
+    parts[0] = State(loss), parts[1] = State(sums[0]), parts[2] = State(sums[1]), parts[3] = State(sums[2]);
+  }
+
+ private:
+  const LossArguments& a;
+  const int64_t length;  // of a padded row
+  const State rate;      // 1/κ
+  int64_t valid = 0;     // samples that are not ignored
+  bool aligned_over_time;
+
+  // What a thread keeps of a sample.
+  struct Rows {
+    explicit Rows(const Loss& loss)
+        : length(loss.length), steps(loss.a.T), memory((kOnce + kEach * steps) * length * sizeof(State) / 64 + kOnce + 1),
+          max(steps), sum(steps), confidence(steps), similarity(steps * steps), weights(steps * steps), top(steps) {}
+
+    enum {
+      STUDENT_EXPS, REPLACED, REPLACED_EXPS, TEACHER, TEACHER_EXPS, AGREED, AGREED_EXPS, TARGET, TARGET_EXPS, GRADIENT, kOnce
+    };
+    enum { LOGITS, EXPS, UNIT, kEach };
+
+    State* once(int row) { return memory.data()->at + row * length; }
+    State* each(int row, int64_t t) { return memory.data()->at + (kOnce + row * steps + t) * length; }
+
+    const int64_t length, steps;
+    std::vector<Line<State>> memory;
+    std::vector<State> max, sum;
+    std::vector<double> confidence, similarity, weights;
+    std::vector<int64_t> top;  // first index of the largest logit
+  };
+
+  int64_t label_of(int64_t b) const {
+    if (!a.labels) return 0;
+    return a.wide_labels ? static_cast<const int64_t*>(a.labels)[b] : static_cast<const int32_t*>(a.labels)[b];
+  }
+
+  template <typename From>
+  void read_row(const From* from, State* row) const {
+    int64_t i = 0;
+    for (; i + kLanes <= a.K; i += kLanes) store_vector(row + i, load_vector(from + i));
+    for (; i < a.K; ++i) row[i] = State(load(from[i]));
+    for (; i < length; ++i) row[i] = -std::numeric_limits<State>::infinity();
+  }
+
+  State max_of(const State* row) const {
+    V most = load_vector(row);
+    for (int64_t i = kLanes; i < length; i += kLanes) {
+      const V value = load_vector(row + i);
+      most = value > most ? value : most;
+    }
+    return max_of_lanes<State>(most);
+  }
+
+  int64_t first_of(const State* row, State value) const {
+    const V ones = V{} + 1, zeros = {};
+    for (int64_t i = 0; i < length; i += kLanes) {
+      const V row_i = load_vector(row + i);
+      const uint32_t found = lanes_set<State>(row_i == V{} + value ? ones : zeros);
+      for (int lane = 0; found >> lane; ++lane) {
+        if (found >> lane & 1) return i + lane;
+      }
+    }
+    return 0;  // of NaN, none is found
+  }
+
+  State exponentials(const State* row, State max, State inverse_temperature, State* exps) const {
+    return State(sum_over<State>(length, [&](int64_t i) {
+      const V e = exp_negative(max - load_vector(row + i), inverse_temperature);
+      store_vector(exps + i, e);
+      return e;
+    }));
+  }
+
+  S softmax(const State* row, State max, State* exps) const {
+    const State sum = exponentials(row, max, rate, exps);
+    return {row, exps, max, rate, 1 / sum, std::log(sum)};
+  }
+
+  // Σ p (ln p - ln q), to which a class of probability p = 0 adds nothing.
+  double divergence(const S& p, const S& q) const {
+    const V none = V{} - std::numeric_limits<State>::infinity(), zero = {};
+    return sum_over<State>(length, [&](int64_t i) {
+      const V log_p = p.log_probability(i), term = p.probability(i) * (log_p - q.log_probability(i));
+      return log_p == none ? zero : term;
+    });
+  }
+
+  void sample(int64_t b, Rows& rows) const {
+    const int64_t label = label_of(b);
+    const bool ignored = a.parts && label == kIgnored;
+    if (ignored) {
+      for (int part = 0; part < 3; ++part) a.samples[part * a.B + b] = 0;
+      if (a.grad) {
+        for (int64_t t = 0; t < a.T; ++t) std::memset(grad_row(t, b), 0, a.K * sizeof(Number));
+      }
+      return;
+    }
+    for (int64_t t = 0; t < a.T; ++t) {
+      State* z = rows.each(Rows::LOGITS, t);
+      read_row(static_cast<const Number*>(a.logits) + t * a.stride_t + b * a.stride_b, z);
+      rows.max[t] = max_of(z);
+      rows.top[t] = first_of(z, rows.max[t]);
+      rows.sum[t] = exponentials(z, rows.max[t], State(1), rows.each(Rows::EXPS, t));
+    }
+    if (aligned_over_time) weigh(b, rows);
+    if (a.parts) compare(b, label, rows);
+  }
+
+  // Confidence of each step, and the weights of the other steps in its target.
+  void weigh(int64_t b, Rows& rows) const {
+    const double log_k = std::log(double(a.K));
+    for (int64_t t = 0; t < a.T; ++t) {
+      const State *z = rows.each(Rows::LOGITS, t), *exps = rows.each(Rows::EXPS, t);
+      const State scale = 1 / rows.sum[t];
+      const double negative_entropy = sum_over<State>(length, [&](int64_t i) {
+        const V p = load_vector(exps + i) * scale;
+        return p * log_positive(p + State(kLogEps));
+      });
+      rows.confidence[t] = (log_k + negative_entropy) / log_k;
+      if (a.confidence) static_cast<State*>(a.confidence)[t * a.B + b] = State(rows.confidence[t]);
+      normalise(z, rows.each(Rows::UNIT, t));
+    }
+    for (int64_t i = 0; i < a.T; ++i) {
+      for (int64_t j = 0; j < i; ++j) {
+        const State *left = rows.each(Rows::UNIT, i), *right = rows.each(Rows::UNIT, j);
+        rows.similarity[i * a.T + j] = rows.similarity[j * a.T + i] =
+            sum_over<State>(length, [&](int64_t k) { return load_vector(left + k) * load_vector(right + k); });
+      }
+    }
+    for (int64_t i = 0; i < a.T; ++i) weigh_step(i, rows);
+    if (!a.weights) return;
+    State* out = static_cast<State*>(a.weights) + b * a.T * a.T;
+    for (int64_t i = 0; i < a.T * a.T; ++i) out[i] = State(rows.weights[i]);
+  }
+
+  // z / max(‖z‖, 1e-12), with zeros as padding; logits are scaled before they are squared.
+  void normalise(const State* z, State* unit) const {
+    std::memcpy(unit, z, a.K * sizeof(State));
+    std::fill(unit + a.K, unit + length, State(0));
+    V most = {};
+    for (int64_t i = 0; i < length; i += kLanes) {
+      const V magnitude = magnitude_of(load_vector(static_cast<const State*>(unit) + i));
+      most = magnitude > most ? magnitude : most;
+    }
+    const State largest = max_of_lanes<State>(most), scale = largest > 0 ? 1 / largest : State(0);
+    const double norm = std::sqrt(sum_over<State>(length, [&](int64_t i) {
+      const V value = load_vector(static_cast<const State*>(unit) + i) * scale;
+      store_vector(unit + i, value);
+      return value * value;
+    }));
+    const State factor = State(largest / std::max(norm * largest, kNormEps));
+    for (int64_t i = 0; i < length; i += kLanes) {
+      store_vector(unit + i, load_vector(static_cast<const State*>(unit) + i) * factor);
+    }
+  }
+
+  void weigh_step(int64_t i, Rows& rows) const {
+    double* weights = rows.weights.data() + i * a.T;
+    double most = -std::numeric_limits<double>::infinity(), sum = 0;
+    for (int64_t j = 0; j < a.T; ++j) {
+      weights[j] = rows.confidence[j] * rows.similarity[i * a.T + j];
+      if (j != i) most = std::max(most, weights[j]);
+    }
+    for (int64_t j = 0; j < a.T; ++j) sum += weights[j] = j == i ? 0 : std::exp(weights[j] - most);
+    if (a.T > 1) {
+      for (int64_t j = 0; j < a.T; ++j) weights[j] /= sum;
+    }
+  }
+
+  // The parts of a sample's loss, and its gradient.
+  void compare(int64_t b, int64_t label, Rows& rows) const {
+    double parts[3] = {};
+    State* q = rows.once(Rows::TEACHER);
+    read_row(static_cast<const State*>(a.teacher) + b * a.K, q);
+    const S teacher = softmax(q, max_of(q), rows.once(Rows::TEACHER_EXPS));
+    const bool sta = a.objective == TDKD || (a.objective == SEAL && a.T > 1);
+    S target;
+    if (a.objective == TDKD) target = mean_of_correct(label, rows);
+    for (int64_t t = 0; t < a.T; ++t) {
+      const State *z = rows.each(Rows::LOGITS, t), *exps = rows.each(Rows::EXPS, t);
+      const int64_t top = rows.top[t];
+      parts[0] += std::log(double(rows.sum[t])) - (z[label] - rows.max[t]);
+
+      const S student = softmax(z, rows.max[t], rows.once(Rows::STUDENT_EXPS));
+      const bool erroneous = a.objective == SEAL && top != label;
+      const S p = erroneous ? agreed(teacher, top, label, rows) : teacher;
+      const S s = erroneous ? replaced(student, top, label, rows) : student;
+      parts[1] += divergence(p, s);
+      if (a.objective == SEAL && sta) target = aligned(t, rows);
+      if (sta) parts[2] += divergence(target, student);
+      if (!a.grad) continue;
+
+      State* g = rows.once(Rows::GRADIENT);
+      const State scale = 1 / rows.sum[t], step = State(1.0 / double(valid * a.T));
+      const State ela = State(a.alpha * a.temperature), beta = State(a.beta * a.temperature);
+      for (int64_t i = 0; i < length; i += kLanes) {
+        V sum = load_vector(exps + i) * scale;
+        if (ela != 0) sum += ela * (s.probability(i) - p.probability(i));
+        if (sta && beta != 0) sum += beta * (student.probability(i) - target.probability(i));
+        store_vector(g + i, sum * step);
+      }
+      g[label] -= step;
+      if (erroneous && ela != 0) {  // the gradient of the replaced logit goes to the label's
+        const State moved = step * ela * (s.probability_of(top) - p.probability_of(top));
+        g[top] -= moved;
+        g[label] += moved;
+      }
+      write_row(g, grad_row(t, b));
+    }
+    const double squared = a.temperature * a.temperature;
+    for (int part = 0; part < 3; ++part) a.samples[part * a.B + b] = parts[part] * (part ? squared : 1);
+  }
+
+  // The teacher where both entries are the smaller one, and the student whose largest logit is the label's.
+  S agreed(const S& teacher, int64_t top, int64_t label, Rows& rows) const {
+    State *row = rows.once(Rows::AGREED), *exps = rows.once(Rows::AGREED_EXPS);
+    copy(teacher, row, exps);
+    row[top] = row[label] = std::min(row[label], row[top]);
+    exps[top] = exps[label] = std::min(exps[label], exps[top]);
+    return softmax_of(row, exps, teacher.max);
+  }
+
+  S replaced(const S& student, int64_t top, int64_t label, Rows& rows) const {
+    State *row = rows.once(Rows::REPLACED), *exps = rows.once(Rows::REPLACED_EXPS);
+    copy(student, row, exps);
+    row[top] = row[label];
+    exps[top] = exps[label];
+    return softmax_of(row, exps, student.max);
+  }
+
+  void copy(const S& from, State* row, State* exps) const {
+    std::memcpy(row, from.row, length * sizeof(State));
+    std::memcpy(exps, from.exps, length * sizeof(State));
+  }
+
+  // Exponentials relative to what is no longer the maximum serve unless it was so far above the others that they vanish.
+  S softmax_of(const State* row, State* exps, State max) const {
+    const State* values = exps;
+    const State sum = State(sum_over<State>(length, [&](int64_t i) { return load_vector(values + i); }));
+    if (sum < State(1e-20)) return softmax(row, max_of(row), exps);
+    return {row, exps, max, rate, 1 / sum, std::log(sum)};
+  }
+
+  S aligned(int64_t t, Rows& rows) const {
+    return target([&](int64_t j) { return rows.weights[t * a.T + j]; }, rows);
+  }
+
+  S mean_of_correct(int64_t label, Rows& rows) const {
+    const double correct = double(std::count(rows.top.begin(), rows.top.end(), label));
+    return target([&](int64_t j) { return rows.top[j] == label ? 1 / correct : 0.0; }, rows);
+  }
+
+  // softmax of Σ_j weight(j) z_j; zeros where no step has a weight.
+  template <typename Weight>
+  S target(Weight weight, Rows& rows) const {
+    State* row = rows.once(Rows::TARGET);
+    std::fill(row, row + a.K, State(0));
+    std::fill(row + a.K, row + length, -std::numeric_limits<State>::infinity());
+    for (int64_t j = 0; j < a.T; ++j) {
+      const State factor = State(weight(j)), *z = rows.each(Rows::LOGITS, j);
+      if (factor == 0) continue;
+      for (int64_t i = 0; i < length; i += kLanes) {
+        store_vector(row + i, load_vector(static_cast<const State*>(row) + i) + factor * load_vector(z + i));
+      }
+    }
+    return softmax(row, max_of(row), rows.once(Rows::TARGET_EXPS));
+  }
+
+  Number* grad_row(int64_t t, int64_t b) const { return static_cast<Number*>(a.grad) + (t * a.B + b) * a.K; }
+
+  void write_row(const State* row, Number* to) const {
+    int64_t i = 0;
+    for (; i + kLanes <= a.K; i += kLanes) store_vector(to + i, load_vector(row + i));
+    for (; i < a.K; ++i) store(to[i], row[i]);
+  }
+};
+
+template <typename State, typename Number>
+int scale(const ScaleArguments& a) {
+  const State factor = *static_cast<const State*>(a.factor);
+  if (factor == 1) return 0;
+  Number* values = static_cast<Number*>(a.values);
+  for (int64_t i = 0; i < a.count; ++i) store(values[i], State(load(values[i])) * factor);
+  return 0;
+}
+
+}  // namespace
+
+SEAL_EXPORT(seal_scale)(const ScaleArguments* arguments) {
+  switch (arguments->dtype) {
+    case 0: return scale<float, float>(*arguments);
+    case 1: return scale<float, bfloat16>(*arguments);
+    case 2: return scale<float, float16>(*arguments);
+    case 3: return scale<double, double>(*arguments);
+    default: return 1;
+  }
+}
+
+SEAL_EXPORT(seal_loss)(const LossArguments* arguments) {
+  switch (arguments->dtype) {
+    case 0: Loss<float, float>(*arguments).run(); return 0;
+    case 1: Loss<float, bfloat16>(*arguments).run(); return 0;
+    case 2: Loss<float, float16>(*arguments).run(); return 0;
+    case 3: Loss<double, double>(*arguments).run(); return 0;
+    default: return 1;
+  }
+}
