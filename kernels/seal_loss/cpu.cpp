@@ -4,8 +4,9 @@
 // Rows of K numbers are padded to whole vectors with -inf, which adds nothing to any maximum, sum or divergence.
 // Compiled once for each instruction set in ISA (setup.py).
 #include "../launch/export.h"
-#include "../launch/vector.h"
+#include "../launch/rows.h"
 
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -40,24 +41,8 @@ constexpr double kLogEps = 1e-8, kNormEps = 1e-12;
 // Below this many logits a second thread costs more than it saves; a row costs as much as kFixed logits besides.
 constexpr int64_t kGrain = 1 << 13, kFixed = 100;
 
-// How many vectors are added up in one register before they go to a double.
-constexpr int kRun = 16;
-
 template <typename State>
 struct alignas(64) Line { State at[64 / sizeof(State)]; };
-
-// Σ term(i) over a row, in an order that depends on its length alone.
-template <typename State, typename Term>
-SEAL_FN double sum_over(int64_t length, Term term) {
-  constexpr int64_t kLanes = VectorOf<State>::kLanes;
-  double sum = 0;
-  for (int64_t run = 0; run < length; run += kRun * kLanes) {
-    Vector<State> part = {};
-    for (int64_t i = run; i < std::min(length, run + kRun * kLanes); i += kLanes) part += term(i);
-    sum += sum_of_lanes<State>(part);
-  }
-  return sum;
-}
 
 // softmax(row / κ) and its logarithm, which is (row - max)/κ - log_sum; `exps` times `scale` is the softmax.
 template <typename State>
@@ -115,20 +100,22 @@ class Loss {
   // What a thread keeps of a sample.
   struct Rows {
     explicit Rows(const Loss& loss)
-        : length(loss.length), steps(loss.a.T), memory((kOnce + kEach * steps) * length * sizeof(State) / 64 + kOnce + 1),
-          max(steps), sum(steps), confidence(steps), similarity(steps * steps), weights(steps * steps), top(steps) {}
+        : length(loss.length), steps(loss.a.T),
+          memory((kOnce + kEach * steps) * length * sizeof(State) / 64 + 1),
+          max(steps), sum(steps), soft_sum(steps), confidence(steps),
+          similarity(steps * steps), weights(steps * steps), top(steps) {}
 
     enum {
-      STUDENT_EXPS, REPLACED, REPLACED_EXPS, TEACHER, TEACHER_EXPS, AGREED, AGREED_EXPS, TARGET, TARGET_EXPS, GRADIENT, kOnce
+      REPLACED, REPLACED_EXPS, TEACHER, TEACHER_EXPS, AGREED, AGREED_EXPS, TARGET, TARGET_EXPS, GRADIENT, kOnce
     };
-    enum { LOGITS, EXPS, UNIT, kEach };
+    enum { LOGITS, EXPS, SOFT_EXPS, UNIT, kEach };  // exponentials of z and of z/κ
 
     State* once(int row) { return memory.data()->at + row * length; }
     State* each(int row, int64_t t) { return memory.data()->at + (kOnce + row * steps + t) * length; }
 
     const int64_t length, steps;
     std::vector<Line<State>> memory;
-    std::vector<State> max, sum;
+    std::vector<State> max, sum, soft_sum;
     std::vector<double> confidence, similarity, weights;
     std::vector<int64_t> top;  // first index of the largest logit
   };
@@ -146,47 +133,39 @@ class Loss {
     for (; i < length; ++i) row[i] = -std::numeric_limits<State>::infinity();
   }
 
-  State max_of(const State* row) const {
-    V most = load_vector(row);
-    for (int64_t i = kLanes; i < length; i += kLanes) {
-      const V value = load_vector(row + i);
-      most = value > most ? value : most;
-    }
-    return max_of_lanes<State>(most);
-  }
-
-  int64_t first_of(const State* row, State value) const {
-    const V ones = V{} + 1, zeros = {};
-    for (int64_t i = 0; i < length; i += kLanes) {
-      const V row_i = load_vector(row + i);
-      const uint32_t found = lanes_set<State>(row_i == V{} + value ? ones : zeros);
-      for (int lane = 0; found >> lane; ++lane) {
-        if (found >> lane & 1) return i + lane;
-      }
-    }
-    return 0;  // of NaN, none is found
-  }
-
-  State exponentials(const State* row, State max, State inverse_temperature, State* exps) const {
-    return State(sum_over<State>(length, [&](int64_t i) {
-      const V e = exp_negative(max - load_vector(row + i), inverse_temperature);
+  void exponentials_of(int64_t t, Rows& rows) const {
+    const State *z = rows.each(Rows::LOGITS, t), max = rows.max[t];
+    State *exps = rows.each(Rows::EXPS, t), *soft = rows.each(Rows::SOFT_EXPS, t);
+    double sum, soft_sum;
+    sum_both<State>(length, sum, soft_sum, [&](int64_t i, V& part, V& soft_part) {
+      const V below = max - load_vector(z + i), e = exp_negative(below, State(1)), s = exp_negative(below, rate);
       store_vector(exps + i, e);
-      return e;
-    }));
+      store_vector(soft + i, s);
+      part += e;
+      soft_part += s;
+    });
+    rows.sum[t] = State(sum);
+    rows.soft_sum[t] = State(soft_sum);
   }
 
   S softmax(const State* row, State max, State* exps) const {
-    const State sum = exponentials(row, max, rate, exps);
+    const double sum = sum_over<State>(length, [&](int64_t i) {
+      const V e = exp_negative(max - load_vector(row + i), rate);
+      store_vector(exps + i, e);
+      return e;
+    });
+    return summed(row, exps, max, State(sum));
+  }
+
+  S summed(const State* row, const State* exps, State max, State sum) const {
     return {row, exps, max, rate, 1 / sum, std::log(sum)};
   }
 
-  // Σ p (ln p - ln q), to which a class of probability p = 0 adds nothing.
-  double divergence(const S& p, const S& q) const {
-    const V none = V{} - std::numeric_limits<State>::infinity(), zero = {};
-    return sum_over<State>(length, [&](int64_t i) {
-      const V log_p = p.log_probability(i), term = p.probability(i) * (log_p - q.log_probability(i));
-      return log_p == none ? zero : term;
-    });
+  // One term of Σ p (ln p - ln q), to which a class of probability p = 0 adds nothing.
+  static SEAL_INLINE V divergence(const S& p, const S& q, int64_t i) {
+    const V none = V{} - std::numeric_limits<State>::infinity(), zero = {}, log_p = p.log_probability(i);
+    const V term = p.probability(i) * (log_p - q.log_probability(i));
+    return log_p == none ? zero : term;
   }
 
   void sample(int64_t b, Rows& rows) const {
@@ -202,9 +181,9 @@ class Loss {
     for (int64_t t = 0; t < a.T; ++t) {
       State* z = rows.each(Rows::LOGITS, t);
       read_row(static_cast<const Number*>(a.logits) + t * a.stride_t + b * a.stride_b, z);
-      rows.max[t] = max_of(z);
-      rows.top[t] = first_of(z, rows.max[t]);
-      rows.sum[t] = exponentials(z, rows.max[t], State(1), rows.each(Rows::EXPS, t));
+      rows.max[t] = max_of_row(z, length);
+      rows.top[t] = first_of_row(z, length, rows.max[t]);
+      exponentials_of(t, rows);
     }
     if (aligned_over_time) weigh(b, rows);
     if (a.parts) compare(b, label, rows);
@@ -276,7 +255,7 @@ class Loss {
     double parts[3] = {};
     State* q = rows.once(Rows::TEACHER);
     read_row(static_cast<const State*>(a.teacher) + b * a.K, q);
-    const S teacher = softmax(q, max_of(q), rows.once(Rows::TEACHER_EXPS));
+    const S teacher = softmax(q, max_of_row(q, length), rows.once(Rows::TEACHER_EXPS));
     const bool sta = a.objective == TDKD || (a.objective == SEAL && a.T > 1);
     S target;
     if (a.objective == TDKD) target = mean_of_correct(label, rows);
@@ -285,24 +264,28 @@ class Loss {
       const int64_t top = rows.top[t];
       parts[0] += std::log(double(rows.sum[t])) - (z[label] - rows.max[t]);
 
-      const S student = softmax(z, rows.max[t], rows.once(Rows::STUDENT_EXPS));
+      const S student = summed(z, rows.each(Rows::SOFT_EXPS, t), rows.max[t], rows.soft_sum[t]);
       const bool erroneous = a.objective == SEAL && top != label;
       const S p = erroneous ? agreed(teacher, top, label, rows) : teacher;
       const S s = erroneous ? replaced(student, top, label, rows) : student;
-      parts[1] += divergence(p, s);
       if (a.objective == SEAL && sta) target = aligned(t, rows);
-      if (sta) parts[2] += divergence(target, student);
-      if (!a.grad) continue;
 
       State* g = rows.once(Rows::GRADIENT);
       const State scale = 1 / rows.sum[t], step = State(1.0 / double(valid * a.T));
       const State ela = State(a.alpha * a.temperature), beta = State(a.beta * a.temperature);
-      for (int64_t i = 0; i < length; i += kLanes) {
+      double ela_part, sta_part;
+      sum_both<State>(length, ela_part, sta_part, [&](int64_t i, V& ela_terms, V& sta_terms) {
+        ela_terms += divergence(p, s, i);
+        if (sta) sta_terms += divergence(target, student, i);
+        if (!a.grad) return;
         V sum = load_vector(exps + i) * scale;
         if (ela != 0) sum += ela * (s.probability(i) - p.probability(i));
         if (sta && beta != 0) sum += beta * (student.probability(i) - target.probability(i));
         store_vector(g + i, sum * step);
-      }
+      });
+      parts[1] += ela_part;
+      parts[2] += sta_part;
+      if (!a.grad) continue;
       g[label] -= step;
       if (erroneous && ela != 0) {  // the gradient of the replaced logit goes to the label's
         const State moved = step * ela * (s.probability_of(top) - p.probability_of(top));
@@ -321,7 +304,7 @@ class Loss {
     copy(teacher, row, exps);
     row[top] = row[label] = std::min(row[label], row[top]);
     exps[top] = exps[label] = std::min(exps[label], exps[top]);
-    return softmax_of(row, exps, teacher.max);
+    return softmax_of_row(row, exps, teacher.max);
   }
 
   S replaced(const S& student, int64_t top, int64_t label, Rows& rows) const {
@@ -329,7 +312,7 @@ class Loss {
     copy(student, row, exps);
     row[top] = row[label];
     exps[top] = exps[label];
-    return softmax_of(row, exps, student.max);
+    return softmax_of_row(row, exps, student.max);
   }
 
   void copy(const S& from, State* row, State* exps) const {
@@ -337,12 +320,13 @@ class Loss {
     std::memcpy(exps, from.exps, length * sizeof(State));
   }
 
-  // Exponentials relative to what is no longer the maximum serve unless it was so far above the others that they vanish.
-  S softmax_of(const State* row, State* exps, State max) const {
+  // Exponentials relative to what is no longer the maximum serve, unless that was so far above the others that these
+  // vanished.
+  S softmax_of_row(const State* row, State* exps, State max) const {
     const State* values = exps;
     const State sum = State(sum_over<State>(length, [&](int64_t i) { return load_vector(values + i); }));
-    if (sum < State(1e-20)) return softmax(row, max_of(row), exps);
-    return {row, exps, max, rate, 1 / sum, std::log(sum)};
+    if (sum < State(1e-20)) return softmax(row, max_of_row(row, length), exps);
+    return summed(row, exps, max, sum);
   }
 
   S aligned(int64_t t, Rows& rows) const {
@@ -367,7 +351,7 @@ class Loss {
         store_vector(row + i, load_vector(static_cast<const State*>(row) + i) + factor * load_vector(z + i));
       }
     }
-    return softmax(row, max_of(row), rows.once(Rows::TARGET_EXPS));
+    return softmax(row, max_of_row(row, length), rows.once(Rows::TARGET_EXPS));
   }
 
   Number* grad_row(int64_t t, int64_t b) const { return static_cast<Number*>(a.grad) + (t * a.B + b) * a.K; }
