@@ -23,9 +23,26 @@ def lif(backend: str) -> None:
                 assert packed.shape[0] == shape[0]
 
 
+def loss(backend: str) -> None:
+    """Loss, gradient and weights: each dtype, on the chip and in two sweeps."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for T, B, K in ((4, 9, 10), (1, 2, 3), (4, 3, 1001), (3, 2, 32768)):
+            logits = torch.randn(T, B, K, device="cuda").to(dtype).requires_grad_()
+            labels = torch.randint(0, K, (B,), device="cuda")
+            teacher_logits = torch.randn(B, K, device="cuda")
+            for objective in ("seal", "tdkd"):
+                parts = seal_fast.seal_loss(
+                    logits, teacher_logits, labels, alpha=0.6, beta=0.15, objective=objective, backend=backend
+                )
+                (2.0 * parts.loss).backward()
+            seal_fast.selective_alignment_weights(logits, backend=backend)
+
+
 if __name__ == "__main__":
-    for name in available("lif"):
-        if name in ("triton", "cupy"):
+    for name in ("triton", "cupy"):
+        if name in available("lif"):
             lif(name)
+        if name in available("seal_loss"):
+            loss(name)
     torch.cuda.synchronize()
     print("every kernel ran")

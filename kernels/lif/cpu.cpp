@@ -4,6 +4,7 @@
 // spikes, backward reads x and the spikes' gradient and writes x's. What varies between neurons' kinds is chosen once a
 // call, outside of the loops over a block. Compiled once for each instruction set in ISA (setup.py).
 #include "../launch/export.h"
+#include "../launch/pages.h"
 #include "../launch/vector.h"
 #include "../surrogate/surrogate.cuh"
 #include "neuron.cuh"
@@ -64,7 +65,8 @@ template <typename State, typename Number, bool PER_CHANNEL>
 class Lif {
  public:
   explicit Lif(const LifArguments& arguments) : a(arguments), reset(State(a.reset)), alpha(State(a.alpha)) {
-    const Number* written = static_cast<const Number*>(a.grad_x ? a.grad_x : a.spikes);
+    void* written = a.grad_x ? a.grad_x : a.spikes;
+    prefer_large_pages(written, a.T * a.N * int64_t(sizeof(Number)));
     const bool aligned = reinterpret_cast<uintptr_t>(written) % 64 == 0 && a.N * sizeof(Number) % 64 == 0;
     stream = aligned && a.T * a.N * int64_t(sizeof(Number)) > kCached;
     learned = a.grad_threshold || a.grad_inverse_tau;

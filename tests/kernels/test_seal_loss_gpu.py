@@ -1,0 +1,107 @@
+"""The loss's GPU kernels on GPU tensors: values, streams, graphs and syncs."""
+
+import pytest
+import torch
+
+from seal_fast import seal_loss, selective_alignment_weights
+from seal_fast.backends import available
+
+BACKENDS = [name for name in ("triton", "cupy") if name in available("seal_loss")]
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.fixture(params=BACKENDS or ["none"])
+def gpu_backend(request):
+    return request.param
+
+
+def inputs(T, B, K, dtype=torch.float32):
+    generator = torch.Generator("cuda").manual_seed(T * 1000 + K)
+    logits = (torch.randn(T, B, K, generator=generator, device="cuda") * 3).to(dtype)
+    teacher_logits = (torch.randn(B, K, generator=generator, device="cuda") * 3).to(dtype)
+    labels = torch.randint(0, K, (B,), generator=generator, device="cuda")
+    labels[B // 2 :: 7] = -100
+    labels[0] = 0
+    return logits, teacher_logits, labels
+
+
+def run(logits, teacher_logits, labels, backend, **options):
+    leaf = logits.detach().requires_grad_()
+    parts = seal_loss(leaf, teacher_logits, labels, alpha=0.6, beta=0.15, backend=backend, **options)
+    return [part.detach() for part in parts], torch.autograd.grad(parts.loss, leaf)[0]
+
+
+@pytest.mark.parametrize("objective", ["seal", "kd", "tdkd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("T", "B", "K"), [(1, 1, 2), (4, 128, 10), (4, 128, 100), (4, 65, 1000), (10, 32, 10), (64, 3, 100), (4, 3, 32768)]
+)
+def test_gpu_loss_equals_float64(gpu_backend, T, B, K, dtype, objective):
+    logits, teacher_logits, labels = inputs(T, B, K, dtype)
+    expected, gradient = run(logits.double(), teacher_logits.double(), labels, "torch", objective=objective)
+    got, got_gradient = run(logits, teacher_logits, labels, gpu_backend, objective=objective)
+    for left, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(left.double(), right, rtol=1e-5, atol=5e-6)
+    # Of the largest entry: float32's contract, and half a unit in the last place of 16-bit gradients.
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    assert (got_gradient.double() - gradient).abs().max() <= tolerance * gradient.abs().max() + 1e-7
+
+
+def test_gpu_weights_equal_float64(gpu_backend):
+    logits, _, _ = inputs(10, 33, 100)
+    expected = selective_alignment_weights(logits.double(), backend="torch")
+    for left, right in zip(selective_alignment_weights(logits, backend=gpu_backend), expected, strict=True):
+        torch.testing.assert_close(left.double(), right, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_waits_for_the_gpu(gpu_backend):
+    logits, teacher_logits, labels = inputs(4, 33, 100)
+    run(logits, teacher_logits, labels, gpu_backend)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(logits, teacher_logits, labels, gpu_backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_captured_graph_of_loss_and_backward_replays(gpu_backend):
+    logits, teacher_logits, labels = inputs(4, 128, 100)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(logits, teacher_logits, labels, gpu_backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        parts, gradient = run(logits, teacher_logits, labels, gpu_backend)
+    for seed in range(3):  # a counter that is not put back would show in the second replay
+        torch.manual_seed(seed)
+        logits.copy_(torch.randn_like(logits) * 2)
+        graph.replay()
+        expected, right = run(logits.double(), teacher_logits.double(), labels, "torch")
+        torch.testing.assert_close(torch.stack(parts).double(), torch.stack(expected), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient.double(), right, rtol=1e-4, atol=1e-7)
+
+
+def test_two_streams_at_once_do_not_mix_their_sums(gpu_backend):
+    first, second = inputs(4, 512, 100), inputs(4, 512, 101)
+    expected = [run(*values, gpu_backend)[0][0] for values in (first, second)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        got = []
+        for stream, values in zip(streams, (first, second), strict=True):
+            with torch.cuda.stream(stream):
+                got.append(run(*values, gpu_backend)[0][0])
+        torch.cuda.synchronize()
+        assert all(torch.equal(left, right) for left, right in zip(got, expected, strict=True))
+
+
+def test_results_are_the_same_from_run_to_run(gpu_backend):
+    values = inputs(4, 512, 100)
+    (parts, gradient), *others = [run(*values, gpu_backend) for _ in range(5)]
+    for other_parts, other_gradient in others:
+        assert all(torch.equal(left, right) for left, right in zip(parts, other_parts, strict=True))
+        assert torch.equal(gradient, other_gradient)
