@@ -19,6 +19,8 @@ import torch
 
 # No fused multiply-adds and, as is NVRTC's default, IEEE division: spikes equal the reference bit for bit.
 OPTIONS = ("--std=c++17", "--fmad=false")
+_SHARED = 48 << 10  # bytes of shared memory that a block may have without asking
+_MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, which CuPy has no name for
 ACCESS = 16  # bytes that one thread reads or writes at once: the widest access there is
 
 
@@ -122,6 +124,7 @@ def launch(
     *,
     real: torch.dtype,  # of the kernel's floating-point arguments
     device: torch.device,
+    shared_bytes: int = 0,  # of the block's `extern __shared__` memory
 ) -> None:
     """Start a kernel. It takes a tensor as a pointer, None as a null pointer, an int as int64_t."""
     import numpy as np
@@ -133,17 +136,63 @@ def launch(
             return np.uint64(0 if argument is None else argument.data_ptr())
         return np.int64(argument) if isinstance(argument, int) else number(argument)
 
-    start(path, expression, blocks, threads, [passed(argument) for argument in arguments], device)
+    start(path, expression, blocks, threads, [passed(argument) for argument in arguments], device, shared_bytes)
 
 
-def start(path: Path, expression: str, blocks: int, threads: int, arguments: list, device: torch.device) -> None:
+def start(
+    path: Path,
+    expression: str,
+    blocks: int,
+    threads: int,
+    arguments: list,
+    device: torch.device,
+    shared_bytes: int = 0,
+) -> None:
     """Start a kernel on torch's current stream of `device`, with arguments that are NumPy numbers."""
     import cupy
 
     stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
+    options = {"shared_mem": shared_bytes} if shared_bytes else {}
     with cupy.cuda.Device(device.index):
         function = _function(path, expression, device)
-        function((blocks,), (threads,), arguments, stream=stream)
+        if shared_bytes > _SHARED:
+            cupy.cuda.driver.funcSetAttribute(function.ptr, _MOST_SHARED, shared_bytes)
+        function((blocks,), (threads,), arguments, stream=stream, **options)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on this GPU."""
+    from cupy.cuda import runtime
+
+    return runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index)
+
+
+def counter(device: torch.device) -> torch.Tensor:
+    """An int32 zero for blocks to count how many have finished; the last one must set it back.
+
+    Kernels on one stream run one after another and share it. A graph has its own: it may run beside its stream.
+    """
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(1, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    if (device, stream) not in _counters:
+        _counters.setdefault((device, stream), _zero(device))
+    return _counters[device, stream]
+
+
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _zero(device: torch.device) -> torch.Tensor:
+    """An int32 zero in memory of its own: torch may be recording what it allocates, for graphs."""
+    import cupy
+
+    with cupy.cuda.Device(device.index), cupy.cuda.Stream.null:
+        memory = cupy.zeros(1, cupy.int32)
+        cupy.cuda.Stream.null.synchronize()
+        return torch.as_tensor(memory, device=device)
 
 
 @functools.cache

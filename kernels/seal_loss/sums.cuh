@@ -52,6 +52,23 @@ SEAL_FN Group<float, VECTOR> floats(const Number* from) {
 
 SEAL_FN float infinity() { return from_bits(0x7f800000u); }
 
+// 2^x and log2(x) in one instruction each. What is below 2^-126 is 0 to them, where it is added to 1e-8 or more.
+#ifdef __CUDACC__
+SEAL_FN float power_of_two(float x) {  // right but for two units in the last place
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+SEAL_FN float binary_logarithm(float x) {  // right but for 2^-22, of the number or where x is from 1/2 to 2
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#else
+SEAL_FN float power_of_two(float x) { return exp2f(x); }
+SEAL_FN float binary_logarithm(float x) { return log2f(x); }
+#endif
+
 // A row's largest logit, and sums of exp(z - next) and exp((z - next)/κ) over all classes but that one.
 struct Peak {
   float top = -infinity();
@@ -62,7 +79,7 @@ struct Peak {
   SEAL_INLINE void add_other(float z, float more, float soft_more, float rate) {
     const float distance = z - next, down = -fabsf(distance);
     const bool higher = distance > 0.0f;
-    const float scale = exp2f(down * LOG2_E), soft_scale = exp2f(down * rate);
+    const float scale = power_of_two(down * LOG2_E), soft_scale = power_of_two(down * rate);
     sum = __fmaf_rn(higher ? sum : more, scale, higher ? more : sum);
     soft_sum = __fmaf_rn(higher ? soft_sum : soft_more, soft_scale, higher ? soft_more : soft_sum);
     next = higher ? z : next;
@@ -84,21 +101,22 @@ struct Peak {
   }
 };
 
-// Towards κ·KL(softmax(target/κ) ‖ softmax(student/κ)): sums of e = exp((target - top)/κ) and e·(target - top - student).
+// Towards KL(softmax(target/κ) ‖ softmax(student/κ)): the sums of e = exp((target - top)/κ) and
+// e·(target - top - student).
 struct Divergence {
   float top = LOWEST, sum = 0.0f, excess = 0.0f;
 
   SEAL_INLINE void add(float target, float student, float rate) {
-    if (target < LOWEST) return;  // probability 0; the student's logit may be -inf as well
-    const float distance = target - top, scale = exp2f(-fabsf(distance) * rate);
+    const float distance = target - top, scale = power_of_two(-fabsf(distance) * rate);
     const bool higher = distance > 0.0f;
-    excess = higher ? __fmaf_rn(__fmaf_rn(-sum, distance, excess), scale, -student)
-                    : __fmaf_rn(scale, distance - student, excess);
+    // A target of -inf has probability 0, and adds nothing even where the student's logit is -inf as well.
+    const float more = target < LOWEST ? 0.0f : (higher ? 0.0f : distance) - student;
+    excess = higher ? __fmaf_rn(__fmaf_rn(-sum, distance, excess), scale, more) : __fmaf_rn(scale, more, excess);
     sum = higher ? __fmaf_rn(sum, scale, 1.0f) : sum + scale;
     top = higher ? target : top;
   }
   SEAL_INLINE void merge(const Divergence& other, float rate) {
-    const float distance = other.top - top, scale = exp2f(-fabsf(distance) * rate);
+    const float distance = other.top - top, scale = power_of_two(-fabsf(distance) * rate);
     const bool higher = distance > 0.0f;
     const Divergence low = higher ? *this : other, high = higher ? other : *this;
     excess = __fmaf_rn(__fmaf_rn(-low.sum, fabsf(distance), low.excess), scale, high.excess);

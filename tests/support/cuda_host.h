@@ -59,6 +59,7 @@ struct Thread {
 };
 constexpr int BALLOT = -1;
 constexpr uint4 NOTHING = {~0u, ~0u, ~0u, ~0u};
+constexpr size_t MARGIN = 256;  // of these behind the launch's shared memory, which nothing may write
 
 static std::vector<Thread> threads;
 static std::vector<std::unique_ptr<char[]>> stacks;
@@ -247,6 +248,10 @@ static void run_block() {
     become(next);
     _longjmp(threads[next].resume, 1);
   }
+  const std::vector<uint4>& memory = shared_memory[0].second;
+  for (size_t i = memory.size() - MARGIN; i < memory.size(); ++i) {
+    if (std::memcmp(&memory[i], &NOTHING, sizeof NOTHING)) error = "shared memory is written behind the launch's";
+  }
   for (const Thread& thread : threads) {
     if (thread.state == DONE) continue;
     error = stuck() + " (block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + ")";
@@ -263,7 +268,7 @@ static const char* launch(
   error.clear();
   threads.assign(blockDim.x * blockDim.y * blockDim.z, Thread());
   shared_memory.clear();
-  shared(nullptr, shared_bytes);
+  shared(nullptr, shared_bytes + MARGIN * sizeof(uint4));
   for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
       for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {

@@ -37,6 +37,7 @@ FLAGS = ("-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasin
 FLAGS += ("-fvisibility=hidden", "-w")  # libraries of different texts do not meet
 CHECKS = ("-fsanitize=alignment,null,bounds",)  # their handlers are in cuda_host.h, so nothing is linked
 BATCH = 48  # kernels compiled as one file
+SHARED_MEMORY = 227 << 10  # bytes that a block may have, as on an H200
 DTYPES = {torch.bfloat16: "bfloat16"}  # others have the names of NumPy
 
 
@@ -128,12 +129,20 @@ def kernels(path: Path) -> Kernels:
     return Kernels(cupy.source(path))
 
 
-def start(path: Path, expression: str, blocks: int, threads: int, arguments: list, device: torch.device) -> None:
+def start(
+    path: Path,
+    expression: str,
+    blocks: int,
+    threads: int,
+    arguments: list,
+    device: torch.device,
+    shared_bytes: int = 0,
+) -> None:
     """What stands in for `kernels.launch.cupy.start`."""
     if _planned is not None:
         _planned.append((path, expression))
         return
-    kernels(path).launch(expression, blocks, threads, arguments)
+    kernels(path).launch(expression, blocks, threads, arguments, shared_bytes)
 
 
 _planned: list[tuple[Path, str]] | None = None
@@ -163,6 +172,13 @@ def install(monkeypatch, room) -> None:
 
     monkeypatch.setattr(room, "launch", checked)
     monkeypatch.setattr(cupy, "start", start)
+    stand_ins = {
+        "shared_memory": lambda device: SHARED_MEMORY,
+        "counter": lambda device: torch.zeros(1, dtype=torch.int32, device=device),
+    }
+    for name, stand_in in stand_ins.items():
+        if hasattr(room, name):
+            monkeypatch.setattr(room, name, stand_in)
 
 
 def _check_tensors(parameters: list[str], expression: str, arguments: Iterable, device: torch.device) -> None:

@@ -1,0 +1,202 @@
+"""The CUDA kernels of the distillation loss, run by their CuPy launcher on the CPU, against the float64 reference."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+import cuda_host
+from cuda_host_seal_loss import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    LAYOUTS,
+    NOT_ON_CHIP,
+    OBJECTIVES,
+    PUBLISHED,
+    Setup,
+    errors,
+    expected,
+    given,
+    guarded,
+    run,
+    setups,
+)
+from golden import CASES, arrays, tensor
+from seal_fast.kernels.launch import cupy as launcher
+from seal_fast.kernels.seal_loss import cupy as room
+from seal_fast.kernels.seal_loss import reference
+
+pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())
+
+SETUPS = setups()
+VALUE = 4e-6  # relative, or absolute below 1; measured 1.9e-6
+GRADIENT = 1e-6  # of the largest entry, besides the rounding to 16 bits; measured 2.8e-7
+WEIGHTS = 5e-7  # measured 1.5e-7
+SAME = [setup for setup in SETUPS if setup.objective == "seal" and setup.K in (4101, 100)][:2]
+SCALED = [(F32, 1000), (F32, 1003), (BF16, 1000), (F16, 77)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    """All that are needed here, compiled at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        cuda_host.install(patch, room)
+        with cuda_host.planning():
+            for setup in SETUPS:
+                options = {**PUBLISHED, "objective": setup.objective, "on_chip": setup.on_chip}
+                room.forward(*given(setup), gradient=True, **options)
+                if setup.objective == "seal":
+                    room.weights(given(setup)[0], on_chip=setup.on_chip)
+            for case in CASES["loss"]:
+                for objective in OBJECTIVES:
+                    golden_run(case, objective, 0.6, 0.15)
+            for setup in SAME:
+                both_ways(setup)
+            for dtype, size in SCALED:
+                room.scale_(torch.zeros(size, dtype=dtype), torch.ones(()))
+        yield
+
+
+def golden_run(case, objective, alpha, beta):
+    z, q, y = (tensor("loss", f"{case['j']}_{name}", F32) for name in "zqy")
+    return room.forward(
+        z, q, y.long(), alpha=alpha, beta=beta, temperature=case["temperature"], objective=objective, gradient=True
+    )
+
+
+@pytest.mark.parametrize("case", CASES["loss"], ids=lambda case: f"case{case['j']}")
+def test_published_parts_and_gradients(case):
+    values, golden, j = case["values"]["f64"], arrays("loss"), case["j"]
+    parts, gradient = golden_run(case, "seal", case["alpha"], case["beta"])
+    kd, _ = golden_run(case, "kd", 1.0, 0.0)
+    tdkd, tdkd_gradient = golden_run(case, "tdkd", 0.2, 0.5)
+    for name, got in zip(("loss", "ce", "ela", "sta"), parts.tolist(), strict=True):
+        assert got == pytest.approx(values[name], rel=1e-5, abs=1e-6), name  # measured 5e-7
+    assert kd[2].item() == pytest.approx(values["kd"], rel=1e-5)  # measured 4e-7
+    assert tdkd[0].item() == pytest.approx(values["tdkd_loss"], rel=1e-5)  # measured 2e-7
+    for name, got in (("g_loss", gradient), ("g_tdkd_loss", tdkd_gradient)):
+        right = golden[f"{j}_{name}_f64"]
+        assert np.abs(got.numpy() - right).max() <= 1e-5 * np.abs(right).max()  # measured 2e-7
+
+
+def test_setups_reach_every_template_argument():
+    for objective in OBJECTIVES:
+        assert {setup.on_chip for setup in SETUPS if setup.objective == objective} == {None, NOT_ON_CHIP}
+    assert {setup.dtype for setup in SETUPS if setup.objective == "seal"} == {F32, BF16, F16}
+    assert {setup.teacher_dtype for setup in SETUPS} == {F32, BF16, F16, F64}
+    assert {setup.layout for setup in SETUPS} == set(LAYOUTS)
+    assert len({(setup.label_dtype, setup.on_chip) for setup in SETUPS}) == 4
+    assert len({(setup.layout, setup.on_chip) for setup in SETUPS}) == 2 * len(LAYOUTS)
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_loss_and_gradient_equal_the_reference(setup):
+    for seed in range(2):
+        tensors = given(setup, B=3 + seed, seed=seed)
+        options = {**PUBLISHED, "objective": setup.objective}
+        value, gradient = errors(run(*tensors, on_chip=setup.on_chip, **options), expected(*tensors, **options))
+        assert value <= VALUE
+        assert gradient <= GRADIENT
+
+
+@pytest.mark.parametrize("setup", [setup for setup in SETUPS if setup.objective == "seal"], ids=str)
+def test_weights_and_confidence_equal_the_reference(setup):
+    logits = given(setup)[0]
+    got = guarded(room.weights, logits, on_chip=setup.on_chip)
+    for left, right in zip(got, reference.selective_alignment_weights(logits.double()), strict=True):
+        assert left.shape == right.shape
+        assert (left - right).abs().amax() <= WEIGHTS
+    assert (got[0].diagonal(dim1=1, dim2=2) == 0).all()
+
+
+def test_chip_and_memory_give_the_same_bits():
+    for setup in SAME:
+        on_chip, in_memory = both_ways(setup)
+        assert torch.equal(on_chip[0], in_memory[0])
+        assert torch.equal(on_chip[1], in_memory[1])
+
+
+def both_ways(setup):
+    options = {**PUBLISHED, "objective": setup.objective}
+    return [room.forward(*given(setup), gradient=True, on_chip=size, **options) for size in (None, NOT_ON_CHIP)]
+
+
+@pytest.mark.parametrize(("dtype", "size"), SCALED)
+def test_gradients_are_scaled_in_place(dtype, size):
+    for factor in (2.5, 0.0, -1.0, float("nan")):
+        grad = torch.randn(size).to(dtype)
+        right = (grad.float() * factor).to(dtype)
+        room.scale_(grad, torch.tensor(factor))
+        torch.testing.assert_close(grad, right, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_factor_of_one_writes_nothing():
+    """Multiplication would make this NaN a quiet one."""
+    grad = torch.full((1000,), 0x7F81, dtype=torch.int16).view(BF16)
+    room.scale_(grad, torch.ones(()))
+    assert (grad.view(torch.int16) == 0x7F81).all()
+    room.scale_(grad, torch.tensor(2.0))
+    assert (grad.view(torch.int16) == 0x7FC1).all()
+
+
+BREAKS = {
+    "nothing": ("", ""),
+    "not the first of equals": ("!(top > other.top) && other.at < at", "!(top > other.top) && other.at > at"),
+    "a thread's largest forgotten": ("add_other(loser, 1.0f, 1.0f, rate);", ""),
+    "sums not scaled": ("__fmaf_rn(higher ? soft_sum : soft_more, soft_scale,", "__fmaf_rn(soft_more, 1.0f,"),
+    "excess not moved": ("__fmaf_rn(-low.sum, fabsf(distance), low.excess)", "low.excess"),
+    "the student's prediction kept": ("predicted ? of_label : z.at[i]", "z.at[i]"),
+    "the larger of the teacher's logits": ("right < predicted ||", "right > predicted ||"),
+    "the teacher's logit of the label kept": ("right ? step.agreed : q.at[i]", "q.at[i]"),
+    "the gradient of the prediction kept": ("step.at ? 0.0f : right ?", "step.at ? 1.0f : right ?"),
+    "the step itself in its target": ("j < T && j != t)", "j < T)"),
+    "no barrier before the weights": ("of[t] = step;\n  }\n  __syncthreads();", "of[t] = step;\n  }"),
+    "ignored samples counted": ("label_stride] != IGNORED", "label_stride] != 12345"),
+    "no gradient for ignored samples": ("if (GRADIENT && ignored)", "if (GRADIENT && ignored && T < 0)"),
+    "rows one after another": ("ON_CHIP ? chip_stride : step_stride;", "ON_CHIP ? chip_stride : B * K;"),
+    "counter left": ("*counter = 0;", ""),
+    "the last sample's parts left out": ("i = threadIdx.x; i < B;", "i = threadIdx.x; i < B - 1;"),
+}
+
+
+@pytest.mark.parametrize("line", BREAKS)
+def test_a_broken_line_is_noticed(line, monkeypatch):
+    text = launcher.source(room.SOURCE)
+    assert BREAKS[line][0] in text
+    broken = cuda_host.Kernels(text.replace(*BREAKS[line]))
+    monkeypatch.setattr(cuda_host, "kernels", lambda path: broken)
+    counter = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(room, "counter", lambda device: counter)
+    checked = [
+        Setup(4, 10, "seal", None, F32, F32, torch.int64, "contiguous"),
+        Setup(33, 6, "tdkd", NOT_ON_CHIP, F32, F32, torch.int32, "classes outermost"),
+    ]
+
+    def results():
+        for setup in checked:
+            tensors = given(setup, B=5)
+            tensors[0].round_()  # to ties
+            options = {**PUBLISHED, "objective": setup.objective}
+            got = run(*tensors, on_chip=setup.on_chip, **options)
+            yield counter.clone(), got, expected(*tensors, **options)
+
+    with cuda_host.planning():
+        list(results())
+    with contextlib.nullcontext() if line == "nothing" else pytest.raises(AssertionError):
+        for count, got, right in results():
+            value, gradient = errors(got, right)
+            assert count == 0
+            assert value <= VALUE
+            assert gradient <= GRADIENT
+
+
+def test_memory_beyond_what_is_asked_for_is_not_written(monkeypatch):
+    text = launcher.source(room.SOURCE)
+    wider = cuda_host.Kernels(text.replace("(of + T); ", "(of + T + 1); "))
+    monkeypatch.setattr(cuda_host, "kernels", lambda path: wider)
+    setup = Setup(4, 10, "seal", None, F32, F32, torch.int64, "contiguous")
+    with pytest.raises(RuntimeError, match="shared memory is written behind the launch's"):
+        run(*given(setup), objective="seal", **PUBLISHED)

@@ -1,0 +1,184 @@
+"""The loss's CUDA kernels through NVRTC, which needs no GPU, and how they are started."""
+
+import contextlib
+import importlib.util
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import cuda_host
+from cuda_host_seal_loss import NOT_ON_CHIP, OBJECTIVES, PUBLISHED
+from seal_fast.kernels.launch import cupy as launcher
+from seal_fast.kernels.seal_loss import cupy as room
+
+needs_cupy = pytest.mark.skipif(
+    importlib.util.find_spec("cupy") is None, reason="CuPy, which brings NVRTC to Python, is not installed"
+)
+CUDA = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What would be started: (expression, blocks, threads, shared_bytes)."""
+    started = []
+
+    def launch(path, expression, blocks, threads, arguments, *, real, device, shared_bytes=0):
+        started.append((expression, blocks, threads, shared_bytes))
+
+    monkeypatch.setattr(room, "launch", launch)
+    monkeypatch.setattr(room, "counter", lambda device: None)
+    monkeypatch.setattr(room, "shared_memory", lambda device: cuda_host.SHARED_MEMORY)
+    return started
+
+
+def start(T, B, K, dtype=torch.float32, *, objective="seal", gradient=True, teacher_dtype=None, on_chip=None):
+    teacher_logits = torch.zeros(B, K, dtype=teacher_dtype or dtype)
+    labels = torch.zeros(B, dtype=torch.int64)
+    options = {**PUBLISHED, "objective": objective, "gradient": gradient, "on_chip": on_chip}
+    room.forward(torch.zeros(T, B, K, dtype=dtype), teacher_logits, labels, **options)
+
+
+def compiled(expressions: list[str], arch: str) -> tuple[str, str]:
+    """PTX of kernels, and what the assembler says of them."""
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(launcher.source(room.SOURCE), "kernel.cu", (), ())
+    for expression in expressions:
+        nvrtc.addNameExpression(program, expression)
+    nvrtc.compileProgram(program, (*launcher.OPTIONS, f"--gpu-architecture={arch}", "--ptxas-options=-v"))
+    ptx, log = nvrtc.getPTX(program), nvrtc.getProgramLog(program)
+    nvrtc.destroyProgram(program)
+    return ptx.decode() if isinstance(ptx, bytes) else ptx, log
+
+
+@needs_cupy
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_kernels_compile_and_need_no_local_memory(arch, launches):
+    from cupy.cuda import nvrtc
+
+    if int(arch[3:]) not in nvrtc.getSupportedArchs():
+        pytest.skip(f"NVRTC {nvrtc.getVersion()} does not compile for {arch}")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        start(4, 2, 1000, dtype)
+        start(10, 2, 10, dtype)
+    start(1, 2, 32768)
+    start(4, 2, 32768)
+    start(4, 2, 32768, torch.bfloat16, teacher_dtype=torch.float64, on_chip=NOT_ON_CHIP)
+    start(16, 2, 1000, torch.bfloat16, objective="tdkd")
+    start(64, 2, 1000, torch.bfloat16)
+    start(2, 2, 1001, objective="kd")
+    start(4, 2, 100, gradient=False)
+    room.weights(torch.zeros(4, 2, 100))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        room.scale_(torch.zeros(1000, dtype=dtype), torch.ones(()))
+    expressions = [expression for expression, *_ in launches]
+    ptx, log = compiled(expressions, arch)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(frames) == len(set(expressions))
+    assert set(frames) == {("0", "0", "0")}
+    assert ".local" not in ptx
+    assert max(int(registers) for registers in re.findall(r"Used (\d+) registers", log)) <= 128
+
+
+@needs_cupy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registers_let_512_samples_run_at_once_on_132_multiprocessors(dtype, launches):
+    """Each has 65,536 registers, and gives them to a warp in steps of eight a thread; an H200 has 132."""
+    for shape in ((4, 512, 10), (4, 512, 100), (4, 512, 1000)):
+        start(*shape, dtype)
+        expression, _, threads, _ = launches.pop()
+        (registers,) = re.findall(r"Used (\d+) registers", compiled([expression], "sm_90")[1])
+        assert 132 * (65536 // (-(-int(registers) // 8) * 8 * threads)) >= 512  # 792 with the 80 registers measured
+
+
+@needs_cupy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_read_and_written_16_bytes_at_once(dtype, launches):
+    start(4, 2, 1000, dtype)
+    ptx, _ = compiled([launches[0][0]], "sm_90")
+    assert re.search(r"ld\.global\.nc\.v4", ptx)
+    assert re.search(r"st\.global\.v4", ptx)
+    assert re.search(r"ld\.shared\.v4", ptx)
+    assert re.search(r"st\.shared\.v4", ptx)
+
+
+def test_one_launch_of_one_block_a_sample(launches):
+    for shape in ((1, 1, 2), (4, 128, 100), (4, 512, 1000), (64, 3, 32768)):
+        start(*shape)
+        assert len(launches) == 1
+        _, blocks, threads, _ = launches.pop()
+        assert blocks == shape[1]
+        assert threads <= 512
+
+
+@pytest.mark.parametrize(
+    ("T", "dtype", "most"),
+    [
+        *((4, torch.float32, 11_500), (4, torch.bfloat16, 19_200), (10, torch.float32, 5_200)),
+        *((10, torch.float16, 9_500), (64, torch.float32, 800), (64, torch.bfloat16, 1_590)),
+    ],
+)
+def test_samples_stay_on_the_chip_up_to_the_documented_size(T, dtype, most, launches):
+    for K, fits in ((most, "true"), (most * 103 // 100, "false")):
+        start(T, 1, K, dtype)
+        expression, *_, shared_bytes = launches.pop()
+        assert expression.split(", ")[6] == fits
+        assert shared_bytes <= (cuda_host.SHARED_MEMORY if fits == "true" else 48 << 10)
+    assert f"{most:,}" in room.__doc__
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_batch_size_compiles_nothing_anew(objective, launches):
+    for B in (1, 128, 100_000):
+        start(4, B, 16, objective=objective)
+    assert len({expression for expression, *_ in launches}) == 1
+
+
+def test_large_shared_memory_is_asked_for(monkeypatch):
+    """With a CuPy that only notes what it is asked for."""
+    calls = []
+    function = type("Function", (), {"ptr": 77, "__call__": lambda self, *a, **options: calls.append(options)})()
+    driver = types.SimpleNamespace(funcSetAttribute=lambda *arguments: calls.append(arguments))
+    device = type(
+        "Device", (), {"__init__": lambda *_: None, "__enter__": lambda *_: None, "__exit__": lambda *_: None}
+    )
+    fake = types.ModuleType("cupy")
+    fake.cuda = types.SimpleNamespace(Device=device, driver=driver)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(launcher, "_function", lambda *_: function)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    for shared_bytes in (0, 48 << 10, (48 << 10) + 16):
+        launcher.start(room.SOURCE, "kernel", 1, 32, [np.int64(1)], CUDA, shared_bytes)
+    assert [call.get("shared_mem") for call in (calls[0], calls[1], calls[3])] == [None, 48 << 10, (48 << 10) + 16]
+    assert calls[2] == (77, 8, (48 << 10) + 16)
+
+
+def test_each_stream_has_a_counter_and_each_graph_its_own(monkeypatch):
+    stream, capturing = [0], [False]
+    made = []
+
+    def zero(*_, **__):
+        made.append(object())
+        return made[-1]
+
+    monkeypatch.setattr(launcher, "_zero", zero)
+    monkeypatch.setattr(launcher, "_counters", {})
+    monkeypatch.setattr(torch, "zeros", zero)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=stream[0]))
+    first = launcher.counter(CUDA)
+    assert launcher.counter(CUDA) is first
+    assert launcher.counter(torch.device("cuda", 0)) is not first
+    stream[0] = 4096
+    second = launcher.counter(CUDA)
+    assert second is not first
+    capturing[0] = True
+    assert launcher.counter(CUDA) is not launcher.counter(CUDA)
+    capturing[0] = False
+    assert launcher.counter(CUDA) is second
+    assert len(made) == 5
