@@ -25,8 +25,8 @@ OPERATORS = ("lif", "bn_lif", "seal_loss", "selective_alignment_weights")
 _KERNELS: dict[str, tuple[str, ...]] = {
     "lif": BACKENDS,
     "bn_lif": BACKENDS,
-    "seal_loss": ("cpu", "torch"),
-    "selective_alignment_weights": ("cpu", "torch"),
+    "seal_loss": BACKENDS,
+    "selective_alignment_weights": BACKENDS,
 }
 _DEVICES = {"triton": "cuda", "cupy": "cuda", "cpu": "cpu"}  # backend -> the type of device that it serves
 # backend -> why it cannot run here at all. Found out at import, as torch.compile cannot trace the search.

@@ -141,6 +141,6 @@ def test_compiles_whole():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     outputs = [function(leaf) for function, leaf in zip((step, compiled), leaves, strict=True)]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
-    for (loss, _), leaf in zip(outputs, leaves, strict=True):
+    for loss, _ in outputs:
         loss.backward()
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-6, atol=1e-9)
