@@ -102,3 +102,19 @@ def test_six_training_steps_follow_the_published_trajectory():
 
     norm = torch.stack([parameter.detach().norm() for parameter in student.parameters()]).norm().item()
     assert norm == pytest.approx(case["param_norm"], rel=0, abs=TRAJECTORY)
+
+
+@pytest.mark.usefixtures("each_loss_backend")
+def test_first_training_step_in_float32_has_the_published_loss():
+    case = CASES["trajectory"]
+    options = {"num_classes": case["num_classes"], "dtype": torch.float32}
+    student = filled_student(case["student"], tau=1 / (1 - case["decay"]), **options)
+    teacher = filled_teacher(case["teacher"], **options)
+    random = np.random.RandomState(case["seed"])
+    shape = (case["B"], case["in_channels"], case["H"], case["H"])
+    images = torch.tensor(random.standard_normal(shape).astype(np.float32))
+    labels = torch.tensor(random.randint(0, case["num_classes"], case["B"]))
+    with torch.no_grad():
+        parts = seal_fast.seal_loss(student(images), teacher(images), labels, alpha=0.6, beta=0.15)
+    for name, value in parts._asdict().items():
+        assert value.item() == pytest.approx(case["steps"][0][name], rel=1e-5), name  # measured 3e-6, of sta
