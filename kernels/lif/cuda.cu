@@ -4,7 +4,7 @@
 // spikes; backward reads x and the spikes' gradient once, goes through the steps again, then back, and writes x's.
 // All loads of up to STEPS steps are issued before the first is used. Where T is more (LONG), steps go in chunks of
 // STEPS, and backward keeps the potentials between chunks in memory.
-#include "../launch/numbers.h"
+#include "../launch/access.cuh"
 #include "../surrogate/surrogate.cuh"
 #include "neuron.cuh"
 
@@ -16,42 +16,6 @@ template <>
 struct StateOf<double> { typedef double type; };
 template <typename Number>
 using State = typename StateOf<Number>::type;
-
-// What one access moves: 16 bytes, or less where there is less.
-template <int BYTES>
-struct WordOf { typedef uint4 type; };
-template <>
-struct WordOf<8> { typedef uint2 type; };
-template <>
-struct WordOf<4> { typedef uint32_t type; };
-template <>
-struct WordOf<2> { typedef uint16_t type; };
-
-template <typename Number, int VECTOR>
-struct Group { Number at[VECTOR]; };  // neighbouring numbers
-
-template <int VECTOR, typename Number>
-SEAL_FN Group<Number, VECTOR> read(const Number* from) {
-  typedef typename WordOf<sizeof(Group<Number, VECTOR>)>::type Word;
-  constexpr int WORDS = sizeof(Group<Number, VECTOR>) / sizeof(Word);
-  Word words[WORDS];
-#pragma unroll
-  for (int i = 0; i < WORDS; ++i) words[i] = reinterpret_cast<const Word*>(from)[i];
-  Group<Number, VECTOR> group;
-  memcpy(&group, words, sizeof group);
-  return group;
-}
-
-// __stwb is an ordinary store that the compiler does not take apart where it knows some of the numbers.
-template <typename Number, int VECTOR>
-SEAL_FN void write(Number* to, const Group<Number, VECTOR>& group) {
-  typedef typename WordOf<sizeof(Group<Number, VECTOR>)>::type Word;
-  constexpr int WORDS = sizeof(Group<Number, VECTOR>) / sizeof(Word);
-  Word words[WORDS];
-  memcpy(words, &group, sizeof group);
-#pragma unroll
-  for (int i = 0; i < WORDS; ++i) __stwb(reinterpret_cast<Word*>(to) + i, words[i]);
-}
 
 // The constants of a thread's neurons: one set for all, or one for each.
 template <typename Real, int VECTOR, bool PER_CHANNEL>
@@ -142,11 +106,11 @@ __global__ void __launch_bounds__(THREADS, 1) lif_forward(
         store(fired.at[i], spike);
         bits |= (inside && spike != 0 ? 1u : 0u) << i;
       }
-      if (inside) write(spikes + (first + t) * N + n, fired);
+      if (inside) write<true>(spikes + (first + t) * N + n, fired);
       if (PACK) write_bits<VECTOR>(packed + (first + t) * ((N + 7) / 8), bits, n, inside);
     }
   }
-  if (inside && v_last) write(v_last + n, v);
+  if (inside && v_last) write<true>(v_last + n, v);
 }
 
 template <typename Number, int VECTOR, int STEPS, bool LONG, int CHARGE, bool SOFT, bool PER_CHANNEL, bool DETACH,
@@ -199,7 +163,7 @@ __global__ void __launch_bounds__(THREADS, 1) lif_backward(
 #pragma unroll
       for (int i = 0; i < VECTOR; ++i) v.at[i] = after(i, charged(i, v.at[i], rows[t].at[i]));
     }
-    write(checkpoints + chunk * N + n, v);
+    write<true>(checkpoints + chunk * N + n, v);
   }
 
   Group<Real, VECTOR> c = row_or<VECTOR>(grad_v_last, n, Real(0));  // ∂L/∂v_t
@@ -245,12 +209,12 @@ __global__ void __launch_bounds__(THREADS, 1) lif_backward(
         c.at[i] = dh * of.decay(i);
         store(gradient.at[i], DECAY_INPUT ? dh * of.inverse_tau(i) : dh);
       }
-      write(grad_x + (first + t) * N + n, gradient);
+      write<true>(grad_x + (first + t) * N + n, gradient);
     }
   }
-  if (grad_v_init) write(grad_v_init + n, c);
+  if (grad_v_init) write<true>(grad_v_init + n, c);
   if (PARAMETERS) {
-    write(grad_threshold + n, threshold_sum);
-    write(grad_inverse_tau + n, inverse_tau_sum);
+    write<true>(grad_threshold + n, threshold_sum);
+    write<true>(grad_inverse_tau + n, inverse_tau_sum);
   }
 }

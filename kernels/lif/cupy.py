@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ..launch.cupy import ACCESS, launch
-from ..launch.layout import as_rows, empty_rows, like_row, like_rows
-from ..packing.reference import bytes_of
 from ..surrogate.reference import SURROGATES
 from .options import Options
 from .reference import state_dtype
+from .tensors import backward_tensors, forward_tensors
 
 SOURCE = Path(__file__).with_name("cuda.cu")
 THREADS = 128  # of a block, as in cuda.cu
@@ -30,14 +29,9 @@ def forward(
     pack: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Spikes [T, ...] in x's dtype and layout; if asked for, the last potential [...] and packed spikes."""
-    x = as_rows(x)
-    state = state_dtype(x.dtype)
-    spikes = empty_rows(x)
-    v_init = None if v_init is None else like_row(v_init.to(state), x[0])
-    v_last = torch.empty_like(spikes[0], dtype=state) if keep_v else None
-    packed = torch.empty(bytes_of(x), dtype=torch.uint8, device=x.device) if pack else None
-    neighbours = ACCESS // x.element_size()
-    _launch("lif_forward", x, options, neighbours, (x, v_init, spikes, v_last), others=(packed,), flags=(pack,))
+    *tensors, packed = forward_tensors(x, v_init, keep_v=keep_v, pack=pack)
+    x, _, spikes, v_last = tensors
+    _launch("lif_forward", x, options, ACCESS // x.element_size(), tensors, others=(packed,), flags=(pack,))
     return spikes, v_last, packed
 
 
@@ -51,13 +45,9 @@ def backward(
     parameters: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x [T, ...] and v_init [...]; with `parameters`, each neuron's part [...] in those of θ and 1/τ."""
-    x = as_rows(x)
+    tensors = backward_tensors(grad_spikes, grad_v_last, x, v_init, parameters=parameters)
+    x = tensors.x
     T, row, state = x.shape[0], x[0], state_dtype(x.dtype)
-    grad_x = empty_rows(x)
-    grad_spikes = like_rows(grad_spikes.to(x.dtype), grad_x)
-    grad_v_last, v_init = (None if given is None else like_row(given.to(state), row) for given in (grad_v_last, v_init))
-    wanted = (v_init is not None, parameters, parameters)
-    sums = [torch.empty_like(grad_x[0], dtype=state) if want else None for want in wanted]
     chunks = -(-T // STEPS)
     checkpoints = torch.empty(chunks - 1, row.numel(), dtype=state, device=x.device) if chunks > 1 else None
     neighbours = ACCESS // x.element_size()
@@ -69,12 +59,12 @@ def backward(
         x,
         options,
         neighbours,
-        (grad_spikes, grad_v_last, x, v_init, grad_x, *sums, checkpoints),
-        strides=(grad_spikes.stride(0),),
+        (*tensors, checkpoints),
+        strides=(tensors.grad_spikes.stride(0),),
         numbers=(surrogate.alpha,),
         flags=(options.detach_reset, list(SURROGATES).index(surrogate.name), parameters),
     )
-    return grad_x, *sums
+    return tensors[4:]
 
 
 def _launch(kernel, x, options, neighbours, tensors, *, others=(), strides=(), numbers=(), flags=()):
@@ -83,10 +73,7 @@ def _launch(kernel, x, options, neighbours, tensors, *, others=(), strides=(), n
     N = row.numel()
     if N == 0:
         return
-    if options.in_tensors:
-        constants, values = options.constants(x.device, state), (0.0,) * 4
-    else:
-        constants, values = None, options.numbers()
+    constants, values = options.passed(x.device, state)
     channels = 1 if constants is None else constants.shape[1]
     strides = (x.stride(0), *strides)
     if not _together(neighbours, [tensor for tensor in tensors if tensor is not None], (N, *strides)):

@@ -55,3 +55,9 @@ class Options:
         channels = max(value.numel() for value in values)
         tau, threshold = (value.expand(channels) for value in values)
         return torch.stack([tau, 1.0 / tau, 1.0 - 1.0 / tau, threshold]).to(dtype)
+
+    def passed(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor | None, tuple[float, ...]]:
+        """What a GPU kernel takes: the constants where one is a tensor, else the numbers by value."""
+        if self.in_tensors:
+            return self.constants(device, dtype), (0.0,) * 4
+        return None, self.numbers()

@@ -21,12 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.layout import as_rows, empty_rows, like_row, like_rows
 from ..launch.triton import ACCESS, aligned, argument, number, start
-from ..packing.reference import bytes_of
 from ..surrogate.triton import derivative
 from .options import Options
 from .reference import state_dtype
+from .tensors import backward_tensors, forward_tensors
 from .triton_neuron import (
     charge,
     constants_of,
@@ -306,14 +305,9 @@ def forward(
     pack: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Spikes [T, ...] in x's dtype and layout; the last potential [...] in the state's dtype; the spikes as bits."""
-    x = as_rows(x)
-    spikes = empty_rows(x)
-    state = state_dtype(x.dtype)
-    v_last = torch.empty_like(spikes[0], dtype=state) if keep_v else None
-    packed = x.new_empty(bytes_of(x), dtype=torch.uint8) if pack else None
-    v_init = None if v_init is None else like_row(v_init.to(state), x[0])
-    _launch(_forward, (x[0], v_init, spikes, v_last, packed), x, options)
-    return spikes, v_last, packed
+    x, v_init, *outputs = forward_tensors(x, v_init, keep_v=keep_v, pack=pack)
+    _launch(_forward, (x[0], v_init, *outputs), x, options)
+    return tuple(outputs)
 
 
 def backward(
@@ -326,18 +320,15 @@ def backward(
     parameters: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x [T, ...] and v_init [...]; with `parameters`, each neuron's part [...] in those of θ and 1/τ."""
-    x = as_rows(x)
-    grad_x = empty_rows(x)
+    grad_spikes, grad_v_last, x, v_init, *grads = backward_tensors(
+        grad_spikes, grad_v_last, x, v_init, parameters=parameters
+    )
     state = state_dtype(x.dtype)
-    grad_spikes = like_rows(grad_spikes.to(x.dtype), grad_x)
-    given = [None if row is None else like_row(row.to(state), x[0]) for row in (grad_v_last, v_init)]
-    wanted = (v_init is not None, parameters, parameters)
-    sums = [torch.empty_like(grad_x[0], dtype=state) if want else None for want in wanted]
     later_chunks = (x.shape[0] - 1) // CHUNK.value
     checkpoints = x.new_empty((later_chunks, x[0].numel()), dtype=state) if later_chunks else None
     _launch(
         _backward,
-        (grad_spikes[0], given[0], x[0], given[1], grad_x, *sums, checkpoints),
+        (grad_spikes[0], grad_v_last, x[0], v_init, *grads, checkpoints),
         x,
         options,
         numbers=(options.surrogate.alpha,),
@@ -347,7 +338,7 @@ def backward(
         SURROGATE=options.surrogate.name,
         PARAMETERS=parameters,
     )
-    return grad_x, *sums
+    return tuple(grads)
 
 
 def _launch(kernel, tensors, x, options, *, numbers=(), strides=(), kept=0, **flags):
@@ -356,10 +347,7 @@ def _launch(kernel, tensors, x, options, *, numbers=(), strides=(), kept=0, **fl
     N = row.numel()
     if N == 0:
         return
-    if options.in_tensors:
-        constants, values = options.constants(x.device, state), (0.0,) * 4
-    else:
-        constants, values = None, options.numbers()
+    constants, values = options.passed(x.device, state)
     C = 1 if constants is None else constants.shape[1]
     strides = (x.stride(0), *strides)
     together = ACCESS // x.dtype.itemsize if aligned(x.dtype, N, *strides) else 1

@@ -99,12 +99,12 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
       const Number* row = logits + t * step_stride;
 #pragma unroll 4
       for (int k = begin; k < K; k += stride) {
-        Group<Number, VECTOR>::read(row + (VECTOR > 1 ? k : k * class_stride)).write(chip_logits + t * chip_stride + k);
+        write(chip_logits + t * chip_stride + k, read<VECTOR>(row + (VECTOR > 1 ? k : k * class_stride)));
       }
     }
 #pragma unroll 4
     for (int k = threadIdx.x * VECTOR; LOSS && k < K; k += blockDim.x * VECTOR) {
-      floats<VECTOR>(teacher + (VECTOR > 1 ? k : k * teacher_class_stride)).write(chip_teacher + k);
+      write(chip_teacher + k, floats<VECTOR>(teacher + (VECTOR > 1 ? k : k * teacher_class_stride)));
     }
   }
   __syncthreads();
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
       Group<Number, VECTOR> out;
 #pragma unroll
       for (int i = 0; i < VECTOR; ++i) store(out.at[i], gradient[i]);
-      out.write(grad + (t * B + b) * K + k);
+      write(grad + (t * B + b) * K + k, out);
     }
   }
   if (!LOSS) return;
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
     for (int i = 0; i < VECTOR; ++i) store(none.at[i], 0.0f);
     for (int t = team; t < T; t += teams) {
 #pragma unroll 1
-      for (int k = begin; k < K; k += stride) none.write(grad + (t * B + b) * K + k);
+      for (int k = begin; k < K; k += stride) write(grad + (t * B + b) * K + k, none);
     }
   }
 
@@ -380,6 +380,6 @@ __global__ void __launch_bounds__(SCALE_THREADS) scale(
     Group<Number, VECTOR> scaled;
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) store(scaled.at[j], numbers.at[j] * by);
-    scaled.write(grad + i);
+    write(grad + i, scaled);
   }
 }

@@ -1,49 +1,17 @@
-// What the loss's kernels are made of: access to neighbouring numbers, and sums of exponentials that threads merge.
+// What the loss's kernels are made of: sums of exponentials that threads merge.
 //
 // Such a sum is relative to the largest of its exponents so far, and is scaled where a larger one comes.
 #pragma once
-#include "../launch/numbers.h"
+#include "../launch/access.cuh"
 
 constexpr int MAX_WARPS = 16;  // of a block; this and what shared memory holds as in cupy.py
 constexpr int NOWHERE = 0x7fffffff;
 constexpr float LOWEST = -3.402823466e38f;  // stands for -inf, whose distance to itself is no number
 constexpr float LOG2_E = 1.44269504f;
 
-// What one access moves: 16 bytes, or less where there is less.
-template <int BYTES>
-struct WordOf { typedef uint4 type; };
-template <>
-struct WordOf<8> { typedef uint2 type; };
-template <>
-struct WordOf<4> { typedef uint32_t type; };
-template <>
-struct WordOf<2> { typedef uint16_t type; };
-
-template <typename Number, int VECTOR>
-struct Group {  // neighbouring numbers
-  typedef typename WordOf<sizeof(Number) * VECTOR>::type Word;
-  static constexpr int WORDS = sizeof(Number) * VECTOR / sizeof(Word);
-  Number at[VECTOR];
-
-  static SEAL_INLINE Group read(const Number* from) {
-    Word words[WORDS];
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) words[i] = reinterpret_cast<const Word*>(from)[i];
-    Group group;
-    memcpy(&group, words, sizeof group);
-    return group;
-  }
-  SEAL_INLINE void write(Number* to) const {
-    Word words[WORDS];
-    memcpy(words, this, sizeof words);
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) reinterpret_cast<Word*>(to)[i] = words[i];
-  }
-};
-
 template <int VECTOR, typename Number>
 SEAL_FN Group<float, VECTOR> floats(const Number* from) {
-  const Group<Number, VECTOR> numbers = Group<Number, VECTOR>::read(from);
+  const Group<Number, VECTOR> numbers = read<VECTOR>(from);
   Group<float, VECTOR> wide;
 #pragma unroll
   for (int i = 0; i < VECTOR; ++i) wide.at[i] = static_cast<float>(load(numbers.at[i]));

@@ -48,6 +48,7 @@ TILE = 4096
 TOGETHER = 4  # neighbouring logits that a thread reads at once
 # Each program counts the samples that are not ignored: with a program for each sample, that would be B² labels.
 MOST_PROGRAMS = 1024
+LABELS = 4  # that a thread reads at once
 SCALED = 4096  # elements that a program of _scale takes
 
 _LOG_EPS = tl.constexpr(reference._LOG_EPS)
@@ -343,5 +344,5 @@ def _launch(logits, tensors, numbers, objective):
         RESIDENT=labels is not None and block == k_pad,
         ROWS=rows,
         ALIGNED=TOGETHER if wide else 1,
-        LABELS=128 * num_warps,
+        LABELS=32 * num_warps * LABELS,
     )

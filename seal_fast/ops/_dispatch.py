@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
@@ -17,3 +21,9 @@ def is_eager(*tensors: Tensor | None) -> bool:
     """
     plain = all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
     return plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+@functools.cache
+def kernel_module(operator: str, backend: str) -> ModuleType:
+    """The module of an operator's kernels on a backend, which loads what the backend needs."""
+    return importlib.import_module(f"..kernels.{operator}.{backend}", __package__)

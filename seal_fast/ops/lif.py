@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from ..kernels.lif.options import Options
 from ..kernels.packing.reference import bytes_of, pack
 from ..kernels.surrogate.reference import Surrogate
 from ._arguments import neuron_options, require_device, require_float_tensor, require_per_channel, shape
-from ._dispatch import is_eager
+from ._dispatch import is_eager, kernel_module
 
 
 def lif(
@@ -126,10 +124,7 @@ def _options(tau_tensor, threshold_tensor, tau, threshold, decay_input, v_reset,
     )
 
 
-@functools.cache
-def _kernel(backend: str) -> ModuleType:
-    """The module of a backend's kernels, which loads what the backend needs."""
-    return importlib.import_module(f"..kernels.lif.{backend}", __package__)
+_kernel = functools.partial(kernel_module, "lif")
 
 
 def _run(x, v_init, *arguments):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -13,7 +11,7 @@ from ..backends import resolve
 from ..kernels.lif.reference import state_dtype
 from ..kernels.seal_loss import reference
 from ._arguments import require_device, require_float_tensor, require_number, shape
-from ._dispatch import is_eager
+from ._dispatch import is_eager, kernel_module
 
 OBJECTIVES = ("seal", "kd", "tdkd")
 
@@ -136,10 +134,7 @@ def _require_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
             raise ValueError(f"labels must be in [0, {K}) or {reference.IGNORED} to be ignored; got {first}.")
 
 
-@functools.cache
-def _kernel(backend: str) -> ModuleType:
-    """The module of a backend's kernels, which loads what the backend needs."""
-    return importlib.import_module(f"..kernels.seal_loss.{backend}", __package__)
+_kernel = functools.partial(kernel_module, "seal_loss")
 
 
 _SCHEMA = (

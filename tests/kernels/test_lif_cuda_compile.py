@@ -1,6 +1,5 @@
 """The CUDA kernels through NVRTC, which needs no GPU: what comes out, how it is kept on disk, and how it is started."""
 
-import importlib.util
 import multiprocessing
 import re
 import sys
@@ -11,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from nvrtc import ARCHITECTURES, compiled, needs_cupy
 from seal_fast.kernels.launch import cupy as launcher
 from seal_fast.kernels.lif import cupy as room
 from seal_fast.kernels.lif.options import Options
 from seal_fast.kernels.surrogate.reference import Surrogate
 
-needs_cupy = pytest.mark.skipif(
-    importlib.util.find_spec("cupy") is None, reason="CuPy, which brings NVRTC to Python, is not installed"
-)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEPS = (4, 16, 17)
 
@@ -38,30 +35,13 @@ def launched(dtype, T, options=PUBLISHED) -> list[str]:
     return expressions
 
 
-def compiled(expressions: list[str], arch: str) -> tuple[str, str]:
-    """PTX of kernels, and what the assembler says of them."""
-    from cupy.cuda import nvrtc
-
-    program = nvrtc.createProgram(launcher.source(room.SOURCE), "kernel.cu", (), ())
-    for expression in expressions:
-        nvrtc.addNameExpression(program, expression)
-    nvrtc.compileProgram(program, (*launcher.OPTIONS, f"--gpu-architecture={arch}", "--ptxas-options=-v"))
-    ptx, log = nvrtc.getPTX(program), nvrtc.getProgramLog(program)
-    nvrtc.destroyProgram(program)
-    return ptx.decode() if isinstance(ptx, bytes) else ptx, log
-
-
 @needs_cupy
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_and_need_no_local_memory(arch):
-    from cupy.cuda import nvrtc
-
-    if int(arch[3:]) not in nvrtc.getSupportedArchs():
-        pytest.skip(f"NVRTC {nvrtc.getVersion()} does not compile for {arch}")
     expressions = [name for dtype in DTYPES for T in STEPS for name in launched(dtype, T)]
     if arch == "sm_90":
         expressions += [name for T in STEPS for name in launched(torch.float32, T, LEARNED)]
-    ptx, log = compiled(expressions, arch)
+    ptx, log = compiled(room.SOURCE, expressions, arch)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(frames) == len(set(expressions))
     assert set(frames) == {("0", "0", "0")}
@@ -74,7 +54,7 @@ def test_kernels_compile_and_need_no_local_memory(arch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_moves_16_bytes_at_once_and_fuses_nothing(dtype, T):
     forward = launched(dtype, T)[0]
-    ptx, _ = compiled([forward], "sm_90")
+    ptx, _ = compiled(room.SOURCE, [forward], "sm_90")
     loads = re.findall(r"ld\.global\.nc\.(?:v4\.[fub]32|v2\.[fub]64)", ptx)
     stores = re.findall(r"st\.global\.wb\.v4\.u32", ptx)
     assert len(loads) >= min(T, 16)
@@ -85,7 +65,7 @@ def test_forward_moves_16_bytes_at_once_and_fuses_nothing(dtype, T):
 @needs_cupy
 def test_division_by_tau_is_the_ieee_one():
     forward = launched(torch.float32, 4, Options(1.7, True, 1.0, 0.0, Surrogate(), False))[0]
-    ptx, _ = compiled([forward], "sm_90")
+    ptx, _ = compiled(room.SOURCE, [forward], "sm_90")
     assert ptx.count("div.rn.f32") == 16
     assert "div.approx" not in ptx
     assert "div.full" not in ptx

@@ -121,12 +121,12 @@ def sweep(examples: int) -> None:
     checked(given(runs())(compare))()
 
 
-@pytest.mark.usefixtures("each_backend")
+@pytest.mark.usefixtures("each_fused_backend")
 def test_kernels_equal_the_reference():
     sweep(100)
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("each_backend")
+@pytest.mark.usefixtures("each_fused_backend")
 def test_kernels_equal_the_reference_in_many_cases():
     sweep(2000)

@@ -49,6 +49,7 @@ def test_native_loss_equals_float64(T, B, K, dtype, objective):
 def test_every_compiled_instruction_set_is_right(name, monkeypatch):
     runs = getattr(cpu.library(), f"seal_cpu_runs_{name}", None)
     if runs is None or not runs():
+        # The library has one copy for each instruction set; an older processor would end the process at the first one.
         pytest.skip(f"{name} was not compiled, or this processor does not run it")
     logits, teacher_logits, labels = inputs(4, 7, 37)
     logits[0, 2, 5:] = -torch.inf

@@ -1,7 +1,6 @@
 """The loss's CUDA kernels through NVRTC, which needs no GPU, and how they are started."""
 
 import contextlib
-import importlib.util
 import re
 import sys
 import types
@@ -12,12 +11,10 @@ import torch
 
 import cuda_host
 from cuda_host_seal_loss import NOT_ON_CHIP, OBJECTIVES, PUBLISHED
+from nvrtc import ARCHITECTURES, compiled, needs_cupy
 from seal_fast.kernels.launch import cupy as launcher
 from seal_fast.kernels.seal_loss import cupy as room
 
-needs_cupy = pytest.mark.skipif(
-    importlib.util.find_spec("cupy") is None, reason="CuPy, which brings NVRTC to Python, is not installed"
-)
 CUDA = torch.device("cuda", 1)
 
 
@@ -42,26 +39,9 @@ def start(T, B, K, dtype=torch.float32, *, objective="seal", gradient=True, teac
     room.forward(torch.zeros(T, B, K, dtype=dtype), teacher_logits, labels, **options)
 
 
-def compiled(expressions: list[str], arch: str) -> tuple[str, str]:
-    """PTX of kernels, and what the assembler says of them."""
-    from cupy.cuda import nvrtc
-
-    program = nvrtc.createProgram(launcher.source(room.SOURCE), "kernel.cu", (), ())
-    for expression in expressions:
-        nvrtc.addNameExpression(program, expression)
-    nvrtc.compileProgram(program, (*launcher.OPTIONS, f"--gpu-architecture={arch}", "--ptxas-options=-v"))
-    ptx, log = nvrtc.getPTX(program), nvrtc.getProgramLog(program)
-    nvrtc.destroyProgram(program)
-    return ptx.decode() if isinstance(ptx, bytes) else ptx, log
-
-
 @needs_cupy
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_and_need_no_local_memory(arch, launches):
-    from cupy.cuda import nvrtc
-
-    if int(arch[3:]) not in nvrtc.getSupportedArchs():
-        pytest.skip(f"NVRTC {nvrtc.getVersion()} does not compile for {arch}")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         start(4, 2, 1000, dtype)
         start(10, 2, 10, dtype)
@@ -76,7 +56,7 @@ def test_kernels_compile_and_need_no_local_memory(arch, launches):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         room.scale_(torch.zeros(1000, dtype=dtype), torch.ones(()))
     expressions = [expression for expression, *_ in launches]
-    ptx, log = compiled(expressions, arch)
+    ptx, log = compiled(room.SOURCE, expressions, arch)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(frames) == len(set(expressions))
     assert set(frames) == {("0", "0", "0")}
@@ -91,7 +71,7 @@ def test_registers_let_512_samples_run_at_once_on_132_multiprocessors(dtype, lau
     for shape in ((4, 512, 10), (4, 512, 100), (4, 512, 1000)):
         start(*shape, dtype)
         expression, _, threads, _ = launches.pop()
-        (registers,) = re.findall(r"Used (\d+) registers", compiled([expression], "sm_90")[1])
+        (registers,) = re.findall(r"Used (\d+) registers", compiled(room.SOURCE, [expression], "sm_90")[1])
         assert 132 * (65536 // (-(-int(registers) // 8) * 8 * threads)) >= 512  # 792 with the 80 registers measured
 
 
@@ -99,7 +79,7 @@ def test_registers_let_512_samples_run_at_once_on_132_multiprocessors(dtype, lau
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_read_and_written_16_bytes_at_once(dtype, launches):
     start(4, 2, 1000, dtype)
-    ptx, _ = compiled([launches[0][0]], "sm_90")
+    ptx, _ = compiled(room.SOURCE, [launches[0][0]], "sm_90")
     assert re.search(r"ld\.global\.nc\.v4", ptx)
     assert re.search(r"st\.global\.v4", ptx)
     assert re.search(r"ld\.shared\.v4", ptx)

@@ -8,21 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("TRITON_INTERPRET=1 keeps Triton from compiling", allow_module_level=True)
-
-import triton
+    pytest.skip("compiles nothing under TRITON_INTERPRET=1: kernels are interpreted then", allow_module_level=True)
 
 from seal_fast.kernels.seal_loss import triton as kernel
-from triton_on_cpu import access_bytes, compiling, registers
-
-CAPABILITIES = {
-    80: (),
-    90: (),
-    100: pytest.mark.skipif(
-        triton.__version__.startswith("3.2."), reason="Triton 3.2 does not compile for compute capability 10.0"
-    ),
-}
-ALL = (torch.float32, torch.bfloat16)
+from triton_on_cpu import CAPABILITIES, access_bytes, compiling, registers
 
 
 def launch(logits, teacher_logits=None, labels=None, *, objective="seal", gradient=True, alpha=0.6):
@@ -63,11 +52,9 @@ def test_no_register_is_spilled(capability, T, K):
 @pytest.mark.parametrize(
     ("T", "K", "options"),
     [
-        (4, 1000, {"objective": "kd"}),
         (4, 1000, {"objective": "tdkd"}),
         (4, 1001, {}),  # not aligned
         (10, 101, {}),
-        (4, 5000, {"objective": "tdkd"}),
         (1, 1000, {"gradient": False}),
         (33, 100, {}),
         (64, 1000, {}),

@@ -27,11 +27,10 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 OBJECTIVES = ("seal", "kd", "tdkd")
 PUBLISHED = {"alpha": 0.6, "beta": 0.15, "temperature": 3.0, "objective": "seal"}
 PARTS = ("loss", "ce", "ela", "sta")
-VALUE = 1e-5  # relative, or absolute; measured 1e-6
-# Of the largest entry. Measured 5e-7; a 16-bit gradient is rounded by half a unit in its last place.
-GRADIENT = {torch.float32: 5e-6, torch.bfloat16: 2.0**-8 + 5e-6, torch.float16: 2.0**-10}
-WEIGHT = 2e-6  # measured 3e-7
-WORST = {"value": 0.0, "gradient": 0.0, "weight": 0.0}
+VALUE = 5e-6  # relative, or absolute; measured 9e-7
+# Of the largest entry. Measured 6e-7; a 16-bit gradient is rounded by half a unit in its last place, 4e-3 or 5e-4.
+GRADIENT = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8 + 3e-6, torch.float16: 2.0**-10}
+WEIGHT = 1e-6  # measured 2e-7
 
 
 def inputs(T, B, K, seed=0, scale=2.0):
@@ -70,22 +69,18 @@ def expected_of(logits, teacher_logits, labels, **options):
     return torch.stack([part.detach() for part in parts]), gradient
 
 
-def check(logits, teacher_logits, labels, *, value=VALUE, tolerance=None, **options):
+def check(logits, teacher_logits, labels, **options):
     expected, expected_gradient = expected_of(logits, teacher_logits, labels, **options)
     parts, gradient = run(logits, teacher_logits, labels, **options)
     for name, got, right in zip(PARTS, parts.tolist(), expected.tolist(), strict=True):
-        assert got == pytest.approx(right, rel=value, abs=value, nan_ok=True), name
-        if math.isfinite(right):
-            WORST["value"] = max(WORST["value"], abs(got - right) / max(abs(right), 1.0))
+        assert got == pytest.approx(right, rel=VALUE, abs=VALUE, nan_ok=True), name
     assert gradient.isfinite().all()
     # A softmax less 1 rounds as the softmax does.
     size = (
         expected_gradient.abs().max().clamp_min(0.1 / max(1, len(logits) * (labels != reference.IGNORED).sum().item()))
     )
     error = ((gradient.double() - expected_gradient).abs().max() / size).item()
-    assert error <= (tolerance or GRADIENT[logits.dtype])
-    if logits.dtype == torch.float32:
-        WORST["gradient"] = max(WORST["gradient"], error)
+    assert error <= GRADIENT[logits.dtype]
 
 
 def in_chunks_of(monkeypatch, classes, T):
@@ -93,19 +88,19 @@ def in_chunks_of(monkeypatch, classes, T):
 
 
 SIZES = [*itertools.product((1, 2, 4, 10, 33), (2, 3, 10)), (1, 100), (4, 100), (10, 100), (4, 1000)]
+ANCESTORS = [(*size, objective) for size, objective in zip(SIZES[::2], itertools.cycle(("kd", "tdkd")), strict=False)]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize(("T", "K"), SIZES)
+@pytest.mark.parametrize(("T", "K", "objective"), [*((*size, "seal") for size in SIZES), *ANCESTORS])
 def test_samples_that_stay_in_registers(T, K, objective):
-    check(*inputs(T, 3, K), objective=objective)
+    check(*inputs(T, 2, K), objective=objective)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(("T", "K", "classes"), [(1, 10, 4), (2, 3, 2), (4, 10, 2), (4, 100, 16), (10, 33, 8)])
 def test_samples_in_chunks(T, K, classes, objective, monkeypatch):
     in_chunks_of(monkeypatch, classes, T)
-    check(*inputs(T, 3, K), objective=objective)
+    check(*inputs(T, 2, K), objective=objective)
 
 
 @pytest.mark.parametrize(("T", "K", "objective"), [(1, 4100, "kd"), (4, 4100, "seal"), (33, 100, "tdkd")])
@@ -123,13 +118,13 @@ def test_sixty_four_time_steps_and_no_more():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("K", [10, 16])
 def test_16_bit_logits(K, dtype, objective):
-    logits, teacher_logits, labels = inputs(4, 5, K)
+    logits, teacher_logits, labels = inputs(4, 2, K)
     check(logits.to(dtype), teacher_logits.to(dtype), labels, objective=objective)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_teacher_logits_of_another_dtype(dtype):
-    logits, teacher_logits, labels = inputs(4, 3, 12)
+    logits, teacher_logits, labels = inputs(4, 2, 12)
     check(logits, teacher_logits.to(dtype), labels)
 
 
@@ -147,7 +142,7 @@ LAYOUTS = {  # each holds the numbers of a contiguous tensor in other places
 def test_any_strides(layout, classes, monkeypatch):
     if classes:
         in_chunks_of(monkeypatch, classes, 4)
-    logits, teacher_logits, labels = inputs(4, 5, 12)
+    logits, teacher_logits, labels = inputs(4, 2, 12)
     view = LAYOUTS[layout]
     check(view(logits), teacher_logits, labels)
     check(logits, view(teacher_logits), labels.repeat_interleave(2)[::2])
@@ -161,10 +156,10 @@ def test_int32_labels_equal_int64_labels():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("kept", [[0, 2, 5], [4], []], ids=["three", "one", "none"])
+@pytest.mark.parametrize("kept", [[0, 3], [2], []], ids=["two", "one", "none"])
 def test_ignored_samples(kept, objective):
-    logits, teacher_logits, labels = inputs(4, 6, 10)
-    ignored = [b for b in range(6) if b not in kept]
+    logits, teacher_logits, labels = inputs(4, 4, 10)
+    ignored = [b for b in range(4) if b not in kept]
     labels[ignored] = -100
     parts, gradient = run(logits, teacher_logits, labels, objective=objective)
     assert (gradient[:, ignored] == 0).all()
@@ -183,9 +178,11 @@ def test_more_samples_than_programs(monkeypatch):
     monkeypatch.setattr(kernel, "MOST_PROGRAMS", 4)
     check(*inputs(2, 9, 5))
     torch.testing.assert_close(run(*inputs(2, 9, 5)), expected, rtol=1e-6, atol=1e-7)  # measured 2e-7: another order
-    logits, teacher_logits, labels = inputs(1, 140, 2)  # more labels than are read at once
+    monkeypatch.setattr(kernel, "LABELS", 1)
+    logits, teacher_logits, labels = inputs(1, 40, 2)  # more labels, and programs, than are read at once
     labels[::3] = -100
-    check(logits, teacher_logits, labels)
+    monkeypatch.setattr(kernel, "MOST_PROGRAMS", 35)
+    check(logits, teacher_logits, labels, objective="kd")
 
 
 def test_the_counter_is_set_back(monkeypatch):
@@ -200,10 +197,10 @@ def test_the_counter_is_set_back(monkeypatch):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_ties_go_to_the_first(objective, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randint(-1, 2, (4, 6, 9), generator=generator).float()
-    teacher_logits = torch.randint(-1, 2, (6, 9), generator=generator).float()
+    logits = torch.randint(-1, 2, (4, 4, 9), generator=generator).float()
+    teacher_logits = torch.randint(-1, 2, (4, 9), generator=generator).float()
     labels = logits[1].argmax(-1)
-    labels[3:] = 8 - logits[2, 3:].flip(-1).argmax(-1)  # the last of equals
+    labels[2:] = 8 - logits[2, 2:].flip(-1).argmax(-1)  # the last of equals
     check(logits, teacher_logits, labels, objective=objective)
     in_chunks_of(monkeypatch, 2, 4)
     check(logits, teacher_logits, labels, objective=objective)
@@ -222,8 +219,7 @@ EXTREMES = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize(("T", "objective"), [(1, "seal"), (4, "seal"), (4, "tdkd")])
 @pytest.mark.parametrize("extreme", EXTREMES)
 def test_extreme_logits(extreme, T, objective, monkeypatch):
     random = np.random.RandomState(0)
@@ -231,12 +227,10 @@ def test_extreme_logits(extreme, T, objective, monkeypatch):
     teacher_logits = torch.tensor(EXTREMES[extreme](random, 1)[0], dtype=torch.float32)
     labels = torch.tensor([0, 2, 4])
     assert expected_of(logits, teacher_logits, labels, objective=objective)[0].isfinite().all()
-    # The rounding of a logit becomes the relative error of its exponential; measured 4e-4 where ẑ has logits of 1e4.
-    tolerance = 5e-6 if logits.abs().max() < 1e3 or logits.abs().max() > 1e20 else 1e-3
-    check(logits, teacher_logits, labels, objective=objective, tolerance=tolerance)
-    if objective == "seal":
+    check(logits, teacher_logits, labels, objective=objective)
+    if objective == "seal" and T > 1:
         in_chunks_of(monkeypatch, 2, T)
-        check(logits, teacher_logits, labels, tolerance=tolerance)
+        check(logits, teacher_logits, labels)
 
 
 @pytest.mark.parametrize(
@@ -306,12 +300,12 @@ def test_golden_values_and_gradients(case):
     options = {name: case[name] for name in ("alpha", "beta", "temperature")}
     parts, gradient = run(z, q, y, **options)
     for name, value in zip(PARTS, parts.tolist(), strict=True):
-        assert value == pytest.approx(expected[name], rel=VALUE, abs=VALUE), name  # measured 4e-7
+        assert value == pytest.approx(expected[name], rel=VALUE, abs=VALUE), name  # measured 2e-7
     largest = np.abs(golden[f"{j}_g_loss_f64"]).max()
-    assert np.abs(gradient.numpy() - golden[f"{j}_g_loss_f64"]).max() <= 1e-5 * largest  # measured 1e-6
+    assert np.abs(gradient.numpy() - golden[f"{j}_g_loss_f64"]).max() <= 1e-5 * largest  # measured 2e-7
     _, gradient = run(z, q, y, alpha=0.2, beta=0.5, temperature=case["temperature"], objective="tdkd")
     largest = np.abs(golden[f"{j}_g_tdkd_loss_f64"]).max()
-    assert np.abs(gradient.numpy() - golden[f"{j}_g_tdkd_loss_f64"]).max() <= 1e-5 * largest  # measured 1e-6
+    assert np.abs(gradient.numpy() - golden[f"{j}_g_tdkd_loss_f64"]).max() <= 1e-5 * largest  # measured 2e-7
 
 
 @st.composite
@@ -335,15 +329,14 @@ def losses(draw):
 
 
 def test_a_sweep_of_losses():
-    @settings(max_examples=40, deadline=None, derandomize=True)
+    @settings(max_examples=25, deadline=None, derandomize=True)
     @given(losses())
     def sweep(loss):
         tensors, options, classes = loss
         with pytest.MonkeyPatch.context() as patch:
             if classes:
                 in_chunks_of(patch, classes, len(tensors[0]))
-            # A part of logits of 30, squared temperatures of 64: measured 3e-6 and, of the gradient, 4e-6.
-            check(*tensors, **options, value=2e-5, tolerance=2e-5)
+            check(*tensors, **options)
 
     sweep()
 
@@ -353,7 +346,7 @@ def test_a_sweep_of_losses():
 def test_weights_and_confidence(T, K, classes, dtype, monkeypatch):
     if classes:
         in_chunks_of(monkeypatch, classes, T)
-    logits = inputs(T, 3, K)[0].to(dtype)
+    logits = inputs(T, 2, K)[0].to(dtype)
     check_weights(logits)
     check_weights(LAYOUTS["classes outermost"](logits))
 
@@ -368,9 +361,7 @@ def check_weights(logits):
     for got, right in zip(kernel.weights(logits.to(DEVICE)), expected, strict=True):
         assert got.dtype == torch.float32
         assert got.shape == right.shape
-        error = (got.cpu() - right).abs().max().item()
-        assert error <= WEIGHT
-        WORST["weight"] = max(WORST["weight"], error)
+        assert (got.cpu() - right).abs().max() <= WEIGHT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -381,9 +372,3 @@ def test_scaling_a_gradient(size, dtype):
         scaled = grad.to(DEVICE, copy=True)
         kernel.scale_(scaled, torch.tensor(factor, device=DEVICE))
         assert torch.equal(scaled.cpu(), (grad.float() * factor).to(dtype))
-
-
-def test_the_errors_that_the_tolerances_are_for(record_property):
-    for name, error in WORST.items():
-        record_property(name, error)
-        assert error > 0, f"nothing was compared for {name}"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import cuda_host
+from seal_fast.kernels.launch.layout import as_rows
 from seal_fast.kernels.lif import cupy as room
 from seal_fast.kernels.lif import reference
 from seal_fast.kernels.lif.options import Options
@@ -237,7 +238,7 @@ class Call:
 
 
 def in_place(x: torch.Tensor) -> bool:
-    return room.as_rows(x) is x
+    return as_rows(x) is x
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -68,3 +68,8 @@ def filled_teacher(arch: str, dtype: torch.dtype = torch.float64, **options) -> 
     with torch.device("meta"):
         network = seal_fast.models.teacher(arch, **options)
     return fill(network, dtype).eval()
+
+
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference, as a share of the largest number expected."""
+    return np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-12)

@@ -6,7 +6,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
+import triton
 import triton.language as tl
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
@@ -15,6 +17,15 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
+
+# Compute capabilities that kernels are compiled for -> marks of their tests
+CAPABILITIES = {
+    80: (),
+    90: (),
+    100: pytest.mark.skipif(
+        triton.__version__.startswith("3.2."), reason="Triton 3.2 does not compile for compute capability 10.0"
+    ),
+}
 
 
 def pytest_configure(config):
