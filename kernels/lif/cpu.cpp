@@ -7,7 +7,7 @@
 #include "../launch/pages.h"
 #include "../launch/vector.h"
 #include "../surrogate/surrogate.cuh"
-#include "neuron.cuh"
+#include "../neuron/neuron.cuh"
 
 #include <vector>
 

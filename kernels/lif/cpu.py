@@ -7,8 +7,8 @@ import ctypes
 import torch
 
 from ..launch.cpu import DTYPES, function
+from ..neuron.options import Options
 from ..surrogate.reference import SURROGATES
-from .options import Options
 from .reference import state_dtype
 from .tensors import BackwardTensors, ForwardTensors, backward_tensors, forward_tensors
 

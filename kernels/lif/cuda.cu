@@ -6,7 +6,7 @@
 // STEPS, and backward keeps the potentials between chunks in memory.
 #include "../launch/access.cuh"
 #include "../surrogate/surrogate.cuh"
-#include "neuron.cuh"
+#include "../neuron/neuron.cuh"
 
 constexpr int THREADS = 128;  // of a block, as in cupy.py
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..launch.cupy import ACCESS, launch
+from ..neuron.options import Options
 from ..surrogate.reference import SURROGATES
-from .options import Options
 from .reference import state_dtype
 from .tensors import backward_tensors, forward_tensors
 

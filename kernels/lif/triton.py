@@ -22,11 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch.triton import ACCESS, aligned, argument, number, start
-from ..surrogate.triton import derivative
-from .options import Options
-from .reference import state_dtype
-from .tensors import backward_tensors, forward_tensors
-from .triton_neuron import (
+from ..neuron.options import Options
+from ..neuron.triton import (
     charge,
     constants_of,
     fire,
@@ -36,6 +33,9 @@ from .triton_neuron import (
     reset_slope,
     reset_threshold_slope,
 )
+from ..surrogate.triton import derivative
+from .reference import state_dtype
+from .tensors import backward_tensors, forward_tensors
 
 THREADS = 128  # of a program
 CHUNK = tl.constexpr(16)  # time steps whose potentials are in registers at once

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import resolve
 from ..kernels.launch.layout import as_rows, empty_rows
 from ..kernels.lif import reference
-from ..kernels.lif.options import Options
+from ..kernels.neuron.options import Options
 from ..kernels.packing.reference import bytes_of, pack
 from ..kernels.surrogate.reference import Surrogate
 from ._arguments import neuron_options, require_device, require_float_tensor, require_per_channel, shape

@@ -10,7 +10,7 @@ from seal_fast import lif
 from seal_fast.kernels.launch import cpu
 from seal_fast.kernels.launch.layout import is_dense
 from seal_fast.kernels.lif import cpu as kernel
-from seal_fast.kernels.lif.options import Options
+from seal_fast.kernels.neuron.options import Options
 from seal_fast.nn import Surrogate
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="setup.py found no C++17 compiler")

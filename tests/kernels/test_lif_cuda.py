@@ -16,7 +16,7 @@ from golden import CASES, DTYPES, arrays, tensor
 from seal_fast import lif
 from seal_fast.kernels.launch import cupy as launcher
 from seal_fast.kernels.lif import cupy as room
-from seal_fast.kernels.lif.options import Options
+from seal_fast.kernels.neuron.options import Options
 from seal_fast.kernels.surrogate.reference import Surrogate
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())

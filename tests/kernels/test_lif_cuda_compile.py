@@ -13,7 +13,7 @@ import torch
 from nvrtc import ARCHITECTURES, compiled, needs_cupy
 from seal_fast.kernels.launch import cupy as launcher
 from seal_fast.kernels.lif import cupy as room
-from seal_fast.kernels.lif.options import Options
+from seal_fast.kernels.neuron.options import Options
 from seal_fast.kernels.surrogate.reference import Surrogate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -14,8 +14,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles nothing under TRITON_INTERPRET=1: kernels are interpreted then", allow_module_level=True)
 
 from seal_fast.kernels.lif import triton as kernel
-from seal_fast.kernels.lif.options import Options
 from seal_fast.kernels.lif.reference import state_dtype
+from seal_fast.kernels.neuron.options import Options
 from seal_fast.kernels.surrogate.reference import SURROGATES, Surrogate
 from triton_on_cpu import CAPABILITIES, access_bytes, compiling, machine_code, registers
 

@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 
 from seal_fast import lif
 from seal_fast.kernels.lif import triton as kernel
-from seal_fast.kernels.lif.options import Options
+from seal_fast.kernels.neuron.options import Options
 from seal_fast.kernels.packing.reference import pack
 from seal_fast.kernels.surrogate.reference import SURROGATES, Surrogate
 

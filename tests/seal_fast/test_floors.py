@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FLOORS = {"seal_fast": ROOT / "seal_fast", "seal_fast.kernels": ROOT / "kernels"}
-SHARED_ROOMS = ("surrogate", "launch", "packing")
+SHARED_ROOMS = ("surrogate", "neuron", "launch", "packing")
 FORBIDDEN = {  # who -> what it must not import
     "seal_fast.kernels": ("seal_fast.ops", "seal_fast.nn", "seal_fast.models", "seal_fast.train", "seal_fast.backends"),
     "seal_fast.ops": ("seal_fast.nn", "seal_fast.models"),

@@ -15,7 +15,7 @@ import cuda_host
 from seal_fast.kernels.launch.layout import as_rows
 from seal_fast.kernels.lif import cupy as room
 from seal_fast.kernels.lif import reference
-from seal_fast.kernels.lif.options import Options
+from seal_fast.kernels.neuron.options import Options
 from seal_fast.kernels.packing.reference import pack
 from seal_fast.kernels.surrogate.reference import SURROGATES, Surrogate
 

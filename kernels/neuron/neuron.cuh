@@ -1,4 +1,4 @@
-// One time step of a LIF neuron, for CUDA and native CPU code: the operations of reference.py, in its order.
+// One time step of a LIF neuron, for CUDA and native CPU code: the operations of lif/reference.py, in its order.
 //
 // Compiled without contraction to fused multiply-adds, so that spikes and potentials equal the reference bit for bit.
 // State and Constant are a number or, in native code, a vector of them; Scalar is a number.

@@ -12,7 +12,7 @@ from ..surrogate.reference import Surrogate
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the neuron, as in reference.py; tau and v_threshold are floats, or tensors, scalar or [C]."""
+    """Options of the neuron, as in lif/reference.py; tau and v_threshold are floats, or tensors, scalar or [C]."""
 
     tau: float | torch.Tensor
     decay_input: bool

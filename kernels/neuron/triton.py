@@ -1,4 +1,4 @@
-"""One time step of a LIF neuron for Triton kernels: the operations of reference.py, in its order.
+"""One time step of a LIF neuron for Triton kernels: the operations of lif/reference.py, in its order.
 
 v is the potential after the step before, h after the charge, r the reset (0 where it is soft) and θ the threshold.
 Potentials are [BLOCK], in the state's dtype; constants are scalars in it or, by channel, [BLOCK].

@@ -1,0 +1,1 @@
+"""One LIF neuron and what describes it, for every operator that runs neurons, once per language."""
