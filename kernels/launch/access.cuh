@@ -44,3 +44,22 @@ SEAL_FN void write(Number* to, const Group<Number, VECTOR>& group) {
     }
   }
 }
+
+template <int VECTOR, typename Real>
+SEAL_FN Group<Real, VECTOR> row_or(const Real* row, int64_t n, Real otherwise) {
+  if (row) return read<VECTOR>(row + n);
+  Group<Real, VECTOR> group;
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) group.at[i] = otherwise;
+  return group;
+}
+
+// Whole bytes of the warp's bits, VECTOR of which each of its threads has.
+template <int VECTOR>
+SEAL_FN void write_bits(uint8_t* row, uint32_t bits, int64_t n, bool inside) {
+#pragma unroll
+  for (int lanes = 1; lanes * VECTOR < 8; lanes *= 2) {
+    bits |= __shfl_down_sync(0xffffffffu, bits, lanes) << (lanes * VECTOR);
+  }
+  if (inside && n % 8 == 0) row[n / 8] = static_cast<uint8_t>(bits);
+}

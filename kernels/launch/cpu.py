@@ -48,6 +48,12 @@ def function(name: str):
     return native
 
 
+def run(name: str, arguments: ctypes.Structure) -> None:
+    """Call the native function `name` with a pointer to its arguments."""
+    if function(name)(ctypes.byref(arguments)) != 0:
+        raise RuntimeError(f"{name} has no code for this dtype.")
+
+
 def missing() -> str:
     """Why the library cannot be used, or an empty string."""
     if library() is None:

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ OPTIONS = ("--std=c++17", "--fmad=false")
 _SHARED = 48 << 10  # bytes of shared memory that a block may have without asking
 _MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, which CuPy has no name for
 ACCESS = 16  # bytes that one thread reads or writes at once: the widest access there is
+NUMBERS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "double"}
 
 
 def missing() -> str:
@@ -113,6 +114,18 @@ def _replace(file: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def specialised(kernel: str, *template: str | int | bool) -> str:
+    """The C++ expression that names a kernel's specialisation."""
+    return f"{kernel}<{', '.join(str(argument).lower() for argument in template)}>"
+
+
+def together(neighbours: int, tensors: Iterable[torch.Tensor | None], strides: Iterable[int] = ()) -> bool:
+    """Whether rows at these strides, in numbers, and all tensors begin where an access to `neighbours` numbers can."""
+    return all(stride % neighbours == 0 for stride in strides) and all(
+        tensor is None or tensor.data_ptr() % min(ACCESS, neighbours * tensor.element_size()) == 0 for tensor in tensors
+    )
 
 
 def launch(

@@ -6,9 +6,9 @@ import ctypes
 
 import torch
 
-from ..launch.cpu import DTYPES, function
+from ..launch.cpu import DTYPES, run
+from ..neuron.cpu import Neuron, describe
 from ..neuron.options import Options
-from ..surrogate.reference import SURROGATES
 from .reference import state_dtype
 from .tensors import BackwardTensors, ForwardTensors, backward_tensors, forward_tensors
 
@@ -21,13 +21,12 @@ class _Arguments(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("x", "v_init", "spikes", "v_last", "packed", "grad_spikes", "grad_v_last", "grad_x", "grad_v_init"),
-                *("grad_threshold", "grad_inverse_tau", "constants"),
+                *("grad_threshold", "grad_inverse_tau"),
             )
         ),
-        *((name, ctypes.c_int64) for name in ("T", "N", "x_stride", "grad_stride", "channels", "channel_stride")),
-        *((name, ctypes.c_double) for name in ("reset", "alpha")),
-        *((name, ctypes.c_int32) for name in ("dtype", "charge", "soft", "detach", "decay_input", "surrogate")),
-        ("threads", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("T", "N", "x_stride", "grad_stride")),
+        ("neuron", Neuron),
+        *((name, ctypes.c_int32) for name in ("dtype", "threads")),
     )
 
 
@@ -64,26 +63,15 @@ def _launch(name: str, tensors: ForwardTensors | BackwardTensors, options: Optio
     x, row = tensors.x, tensors.x[0]
     if row.numel() == 0:
         return
-    constants = options.constants(x.device, state_dtype(x.dtype))
-    channels = constants.shape[1]
+    neuron, _constants = describe(options, state_dtype(x.dtype), row)
     arguments = _Arguments(
         **{key: tensor.data_ptr() for key, tensor in tensors._asdict().items() if tensor is not None},
-        constants=constants.data_ptr(),
         T=x.shape[0],
         N=row.numel(),
         x_stride=x.stride(0),
         grad_stride=grad_stride,
-        channels=channels,
-        channel_stride=row.stride(1) if channels > 1 else 1,
-        reset=options.v_reset or 0.0,
-        alpha=options.surrogate.alpha,
+        neuron=neuron,
         dtype=DTYPES[x.dtype],
-        charge=options.charge_kind,
-        soft=options.v_reset is None,
-        detach=options.detach_reset,
-        decay_input=options.decay_input,
-        surrogate=list(SURROGATES).index(options.surrogate.name),
         threads=torch.get_num_threads(),
     )
-    if function(name)(ctypes.byref(arguments)) != 0:
-        raise RuntimeError(f"{name} has no code for {x.dtype}.")
+    run(name, arguments)

@@ -6,59 +6,10 @@
 // STEPS, and backward keeps the potentials between chunks in memory.
 #include "../launch/access.cuh"
 #include "../surrogate/surrogate.cuh"
+#include "../neuron/constants.cuh"
 #include "../neuron/neuron.cuh"
 
 constexpr int THREADS = 128;  // of a block, as in cupy.py
-
-template <typename Number>
-struct StateOf { typedef float type; };
-template <>
-struct StateOf<double> { typedef double type; };
-template <typename Number>
-using State = typename StateOf<Number>::type;
-
-// The constants of a thread's neurons: one set for all, or one for each.
-template <typename Real, int VECTOR, bool PER_CHANNEL>
-struct Constants {
-  static constexpr int SETS = PER_CHANNEL ? VECTOR : 1;
-  Real set[SETS][4];
-
-  SEAL_INLINE Real tau(int i) const { return set[PER_CHANNEL ? i : 0][0]; }
-  SEAL_INLINE Real inverse_tau(int i) const { return set[PER_CHANNEL ? i : 0][1]; }
-  SEAL_INLINE Real decay(int i) const { return set[PER_CHANNEL ? i : 0][2]; }
-  SEAL_INLINE Real threshold(int i) const { return set[PER_CHANNEL ? i : 0][3]; }
-
-  SEAL_INLINE void in_memory(const Real* constants, int64_t channels, int64_t channel_stride, int64_t n) {
-    int64_t channel = PER_CHANNEL ? n / channel_stride % channels : 0, place = PER_CHANNEL ? n % channel_stride : 0;
-#pragma unroll
-    for (int i = 0; i < SETS; ++i) {
-#pragma unroll
-      for (int name = 0; name < 4; ++name) set[i][name] = constants[name * channels + channel];
-      if (++place < channel_stride) continue;
-      place = 0;
-      channel = channel + 1 < channels ? channel + 1 : 0;
-    }
-  }
-};
-
-template <int VECTOR, typename Real>
-SEAL_FN Group<Real, VECTOR> row_or(const Real* row, int64_t n, Real otherwise) {
-  if (row) return read<VECTOR>(row + n);
-  Group<Real, VECTOR> group;
-#pragma unroll
-  for (int i = 0; i < VECTOR; ++i) group.at[i] = otherwise;
-  return group;
-}
-
-// Whole bytes of the warp's bits, VECTOR of which each of its threads has.
-template <int VECTOR>
-SEAL_FN void write_bits(uint8_t* row, uint32_t bits, int64_t n, bool inside) {
-#pragma unroll
-  for (int lanes = 1; lanes * VECTOR < 8; lanes *= 2) {
-    bits |= __shfl_down_sync(0xffffffffu, bits, lanes) << (lanes * VECTOR);
-  }
-  if (inside && n % 8 == 0) row[n / 8] = static_cast<uint8_t>(bits);
-}
 
 template <typename Number, int VECTOR, int STEPS, bool LONG, int CHARGE, bool SOFT, bool PER_CHANNEL, bool PACK>
 __global__ void __launch_bounds__(THREADS, 1) lif_forward(

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..launch.cpu import DTYPES, function
+from ..launch.cpu import DTYPES, run
 from ..lif.reference import state_dtype
 
 OBJECTIVES = ("seal", "kd", "tdkd")  # in the order of cpu.cpp
@@ -72,7 +72,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
     """Multiply a dense `grad` in place by a scalar tensor; nothing is read or written if that is 1."""
     factor = factor.to(state_dtype(grad.dtype))
     arguments = _Scaled(grad.data_ptr(), factor.data_ptr(), grad.numel(), DTYPES[grad.dtype])
-    function("seal_scale")(ctypes.byref(arguments))
+    run("seal_scale", arguments)
 
 
 def weights(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,5 +102,4 @@ def _launch(logits: Tensor, **values: Tensor | float | None) -> None:
         **pointers,
         **numbers,
     )
-    if function("seal_loss")(ctypes.byref(arguments)) != 0:
-        raise RuntimeError(f"seal_loss has no code for {logits.dtype}.")
+    run("seal_loss", arguments)

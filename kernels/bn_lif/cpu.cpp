@@ -1,0 +1,340 @@
+// Batch norm + residual + LIF on the CPU: tensors.py says what y, residual and the numbers by channel are.
+//
+// A thread takes a block of neurons through all T steps in the first-level cache, normalising on the way. Compiled once
+// for each instruction set in ISA (setup.py).
+#include "../launch/export.h"
+#include "../launch/pages.h"
+#include "../launch/parallel.h"
+#include "../neuron/blocks.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+// As in cpu.py. Null pointers stand for what is absent or not asked for.
+struct BnLifArguments {
+  const void *y, *residual;                     // [T, N]
+  void *spikes, *m;                             // [T, N]
+  uint8_t* packed;                              // [T, ceil(N/8)]
+  const void *grad_spikes, *grad_m;             // [T, N]
+  void *grad_steps, *grad_total;                // [T, N], [N]
+  void *grad_threshold, *grad_inverse_tau;      // [N] in the state's type: the sum over T of each neuron's part
+  const void *scales, *means;                   // [2 or 4, C] and [1 or 2, C] in the state's type
+  double* sums;                                 // [threads, 2 or 3, C], zeros
+  int64_t T, N, C, channel_stride;
+  int64_t y_stride, residual_stride, m_stride;  // along T, in elements; 0 repeats one row; grad_m's is m's
+  NeuronArguments neuron;
+  int32_t dtype, normalised, threads;           // normalised: the residual has scale, shift and mean of its own
+};
+
+// As in cpu.py: the statistics of y [total], and the gradient that passes the normalisation.
+struct NormArguments {
+  const void *y, *grad;      // [total]
+  void* out;                 // [total]
+  const void* coefficients;  // [3, C] in the state's type
+  const void* pivots;        // [C] in the state's type: numbers near the means
+  double* sums;              // [threads, 2, C], zeros: Σ (y - pivot) and Σ (y - pivot)²
+  int64_t total, C, channel_stride;
+  int32_t dtype, threads;
+};
+
+namespace {
+
+inline int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Blocks of numbers by channel, filled anew only where the channels of the block's numbers are others.
+template <typename State, int COUNT>
+struct ByChannel {
+  Block<State> at[COUNT];
+  int64_t phase = -1;
+
+  void enter(const State* values, int count, const Channels& of, int64_t start) {
+    const int64_t period = of.channels * of.stride;
+    if (start % period == phase) return;
+    phase = start % period;
+    for (int i = 0; i < count; ++i) of.fill(values + i * of.channels, start, at[i]);
+  }
+};
+
+template <typename State>
+struct BnLifWork : NeuronWork<State> {
+  explicit BnLifWork(int64_t steps) : NeuronWork<State>(steps), m(steps) {}
+
+  ByChannel<State, 4> scales;
+  ByChannel<State, 2> means;
+  std::vector<Block<State>> m;        // membrane input of each step
+  Block<State> dm, total, sums[3];
+};
+
+template <typename State, typename Number, bool PER_CHANNEL>
+class BnLif {
+ public:
+  explicit BnLif(const BnLifArguments& arguments)
+      : a(arguments),
+        learned(a.grad_threshold || a.grad_inverse_tau),
+        varies(a.y_stride || a.residual_stride),
+        of{a.C, a.channel_stride},
+        neurons(a.neuron, learned) {
+    for (void* written : {a.spikes, a.m, a.grad_steps}) {
+      if (written) prefer_large_pages(written, a.T * a.N * int64_t(sizeof(Number)));
+    }
+    stream = streams<Number>(a.grad_steps ? a.grad_steps : a.spikes, a.T, a.N);
+    normalise = !a.residual ? &BnLif::normalise_as<0> : a.normalised ? &BnLif::normalise_as<2> : &BnLif::normalise_as<1>;
+  }
+
+  void forward() const {
+    each_block([this](int64_t start, int64_t count, W& work) {
+      work.v.fill(neurons.reset);
+      for (int64_t t = 0; t < a.T; ++t) {
+        const B& m = membrane_input(start, count, t, work);
+        if (a.m && (t == 0 || varies)) write(m, static_cast<Number*>(a.m) + t * a.m_stride, start, count, false);
+        neurons.charge_step(m.at, t, work);
+        BlockWriter<Number> spikes(static_cast<Number*>(a.spikes) + t * a.N + start, count, stream);
+        neurons.fire_step(t, work, spikes.block());
+        spikes.finish();
+        if (a.packed) neurons.pack_step(t, work, count, a.packed + t * ((a.N + 7) / 8) + start / 8);
+      }
+    });
+  }
+
+  void backward() const {
+    each_block([this](int64_t start, int64_t count, W& work) {
+      alignas(64) Number room[kBlock];
+      work.v.fill(neurons.reset);
+      for (int64_t t = 0; t < a.T; ++t) {
+        neurons.charge_step(membrane_input(start, count, t, work).at, t, work);
+        neurons.derive_step(gradient(a.grad_spikes, t * a.N) + start, t, work);
+      }
+      neurons.begin_reverse(work);
+      if (a.grad_total) work.total.fill(0);
+      for (B& sum : work.sums) sum.fill(0);
+      work.means.enter(static_cast<const State*>(a.means), a.normalised ? 2 : 1, of, start);
+      for (int64_t t = a.T - 1; t >= 0; --t) {
+        neurons.reverse_step(whole_block(gradient(a.grad_spikes, t * a.N) + start, count, room), work.m[place(t)].at, t,
+                             work, work.dm.at);
+        if (a.grad_m && (t == 0 || varies)) {
+          add(whole_block(gradient(a.grad_m, t * a.m_stride) + start, count, room), work.dm);
+        }
+        if (a.grad_steps) write(work.dm, static_cast<Number*>(a.grad_steps) + t * a.N, start, count, stream);
+        if (a.grad_total) add(work.dm.at, work.total);
+        add(work.dm.at, work.sums[0]);
+        add_centred(a.y, t * a.y_stride, start, count, work, 0);
+        if (a.normalised) add_centred(a.residual, t * a.residual_stride, start, count, work, 1);
+      }
+      const int kinds = a.normalised ? 3 : 2;
+      for (int i = 0; i < kinds; ++i) {
+        of.add(work.sums[i], start, count, a.sums + (thread_number() * kinds + i) * a.C);
+      }
+      if (a.grad_total) write(work.total, static_cast<Number*>(a.grad_total), start, count, false);
+      end(a.grad_threshold, start, count, work.threshold_sum);
+      end(a.grad_inverse_tau, start, count, work.inverse_tau_sum);
+    });
+  }
+
+ private:
+  typedef Vector<State> V;
+  typedef Block<State> B;
+  typedef BnLifWork<State> W;
+
+  const BnLifArguments& a;
+  const bool learned;  // whether the neurons' parameters' gradients are asked for
+  const bool varies;   // whether the membrane input does, in time
+  const Channels of;
+  const Neurons<State, State, Number, PER_CHANNEL, false> neurons;
+  bool stream;         // whether rows are written past the cache
+  void (BnLif::*normalise)(const Number* y, const Number* residual, const W& work, B& m) const;
+
+  template <typename Action>
+  void each_block(Action action) const {
+    const auto prepare = [this](W& work) { neurons.prepare(work); };
+    const auto enter = [&](int64_t start, int64_t count, W& work) {
+      neurons.enter_block(start, work);
+      work.scales.enter(static_cast<const State*>(a.scales), a.normalised ? 4 : 2, of, start);
+      action(start, count, work);
+    };
+    each_block_of<W>(a.N, a.T, a.threads, prepare, enter, [](W&) {});
+  }
+
+  // Where a step's membrane input is kept: reverse_step reads it only where parameters are learned.
+  int64_t place(int64_t t) const { return learned && varies ? t : 0; }
+
+  const B& membrane_input(int64_t start, int64_t count, int64_t t, W& work) const {
+    alignas(64) Number room[2][kBlock];
+    B& m = work.m[place(t)];
+    if (t == 0 || varies) {
+      const Number* y = static_cast<const Number*>(a.y) + t * a.y_stride + start;
+      const Number* residual = static_cast<const Number*>(a.residual) + t * a.residual_stride + start;
+      (this->*normalise)(whole_block(y, count, room[0]), a.residual ? whole_block(residual, count, room[1]) : nullptr,
+                         work, m);
+    }
+    return m;
+  }
+
+  // RESIDUAL: none, as it is, or with a scale and shift of its own.
+  template <int RESIDUAL>
+  void normalise_as(const Number* y, const Number* residual, const W& work, B& m) const {
+    const B* scales = work.scales.at;
+    SEAL_EACH_VECTOR(State, i) {
+      fetch_ahead(y + i);
+      V value = load_vector(y + i) * scales[0][i] + scales[1][i];
+      if (RESIDUAL) {
+        fetch_ahead(residual + i);
+        const V added = load_vector(residual + i);
+        value = value + (RESIDUAL == 2 ? added * scales[2][i] + scales[3][i] : added);
+      }
+      m.set(i, value);
+    }
+  }
+
+  const Number* gradient(const void* rows, int64_t offset) const { return static_cast<const Number*>(rows) + offset; }
+
+  template <typename Other>
+  static void add(const Other* from, B& block) {
+    SEAL_EACH_VECTOR(State, i) block.set(i, block[i] + load_vector(from + i));
+  }
+
+  // Σ dm (y - mean); `which` is 0 for y, 1 for the residual.
+  void add_centred(const void* rows, int64_t offset, int64_t start, int64_t count, W& work, int which) const {
+    alignas(64) Number room[kBlock];
+    const Number* from = whole_block(gradient(rows, offset) + start, count, room);
+    const B& mean = work.means.at[which];
+    B& sum = work.sums[1 + which];
+    SEAL_EACH_VECTOR(State, i) sum.set(i, fused(work.dm[i], load_vector(from + i) - mean[i], sum[i]));
+  }
+
+  static void write(const B& block, Number* row, int64_t start, int64_t count, bool stream) {
+    BlockWriter<Number> writer(row + start, count, stream);
+    Number* to = writer.block();
+    SEAL_EACH_VECTOR(State, i) store_vector(to + i, block[i]);
+    writer.finish();
+  }
+
+  static void end(void* row, int64_t start, int64_t count, const B& block) {
+    if (row) std::memcpy(static_cast<State*>(row) + start, block.at, count * sizeof(State));
+  }
+};
+
+// Σ (y - pivot) and Σ (y - pivot)² of each channel. Blocks whose numbers have the same channels are added up first.
+template <typename State, typename Number>
+void statistics(const NormArguments& a) {
+  struct Work {
+    explicit Work(int64_t) {}
+    ByChannel<State, 1> pivots;
+    Block<State> sums[2];
+    int64_t start = -1, count = 0, blocks = 0;
+  };
+  constexpr int64_t kMost = 32;  // blocks that are added up in one number of the state's type
+  const Channels of{a.C, a.channel_stride};
+  const auto finish = [&](Work& work) {
+    if (work.blocks == 0) return;
+    double* sums = a.sums + thread_number() * 2 * a.C;
+    for (int i = 0; i < 2; ++i) of.add(work.sums[i], work.start, work.count, sums + i * a.C);
+    work.blocks = 0;
+  };
+  const auto action = [&](int64_t start, int64_t count, Work& work) {
+    const int64_t period = a.C * a.channel_stride;
+    if (work.blocks == kMost || start % period != work.pivots.phase || count != work.count) finish(work);
+    work.pivots.enter(static_cast<const State*>(a.pivots), 1, of, start);
+    if (work.blocks++ == 0) {
+      work.start = start, work.count = count;
+      for (auto& sum : work.sums) sum.fill(0);
+    }
+    alignas(64) Number room[kBlock];
+    const Number* y = whole_block(static_cast<const Number*>(a.y) + start, count, room);
+    SEAL_EACH_VECTOR(State, i) {
+      fetch_ahead(y + i);
+      const Vector<State> distance = load_vector(y + i) - work.pivots.at[0][i];
+      work.sums[0].set(i, work.sums[0][i] + distance);
+      work.sums[1].set(i, fused(distance, distance, work.sums[1][i]));
+    }
+  };
+  each_block_of<Work>(a.total, 1, a.threads, [](Work&) {}, action, finish);
+}
+
+// c0 grad + c1 y + c2, or c0 grad where there is no y.
+template <typename State, typename Number>
+void normalised_gradient(const NormArguments& a) {
+  struct Work {
+    explicit Work(int64_t) {}
+    ByChannel<State, 3> coefficients;
+  };
+  const Channels of{a.C, a.channel_stride};
+  prefer_large_pages(a.out, a.total * int64_t(sizeof(Number)));
+  const bool stream = a.out != a.grad && streams<Number>(a.out, 1, a.total);
+  const auto action = [&](int64_t start, int64_t count, Work& work) {
+    alignas(64) Number room[2][kBlock];
+    work.coefficients.enter(static_cast<const State*>(a.coefficients), 3, of, start);
+    const Block<State>* c = work.coefficients.at;
+    const Number* grad = whole_block(static_cast<const Number*>(a.grad) + start, count, room[0]);
+    BlockWriter<Number> writer(static_cast<Number*>(a.out) + start, count, stream);
+    Number* out = writer.block();
+    if (a.y) {
+      const Number* y = whole_block(static_cast<const Number*>(a.y) + start, count, room[1]);
+      SEAL_EACH_VECTOR(State, i) {
+        fetch_ahead(grad + i);
+        fetch_ahead(y + i);
+        store_vector(out + i, fused(c[0][i], load_vector(grad + i), fused(c[1][i], load_vector(y + i), c[2][i])));
+      }
+    } else {
+      SEAL_EACH_VECTOR(State, i) {
+        fetch_ahead(grad + i);
+        store_vector(out + i, c[0][i] * load_vector(grad + i));
+      }
+    }
+    writer.finish();
+  };
+  each_block_of<Work>(a.total, 1, a.threads, [](Work&) {}, action, [](Work&) {});
+}
+
+template <typename State, typename Number, typename Action>
+void with_constants(const BnLifArguments& arguments, Action action) {
+  arguments.neuron.channels > 1 ? action(BnLif<State, Number, true>(arguments))
+                                : action(BnLif<State, Number, false>(arguments));
+}
+
+template <typename Action>
+int with_types(const BnLifArguments& arguments, Action action) {
+  switch (arguments.dtype) {
+    case 0: with_constants<float, float>(arguments, action); return 0;
+    case 1: with_constants<float, bfloat16>(arguments, action); return 0;
+    case 2: with_constants<float, float16>(arguments, action); return 0;
+    case 3: with_constants<double, double>(arguments, action); return 0;
+    default: return 1;
+  }
+}
+
+}  // namespace
+
+SEAL_EXPORT(seal_bn_lif_forward)(const BnLifArguments* arguments) {
+  return with_types(*arguments, [](const auto& layer) { layer.forward(); });
+}
+
+SEAL_EXPORT(seal_bn_lif_backward)(const BnLifArguments* arguments) {
+  return with_types(*arguments, [](const auto& layer) { layer.backward(); });
+}
+
+SEAL_EXPORT(seal_bn_statistics)(const NormArguments* a) {
+  switch (a->dtype) {
+    case 0: statistics<float, float>(*a); return 0;
+    case 1: statistics<float, bfloat16>(*a); return 0;
+    case 2: statistics<float, float16>(*a); return 0;
+    case 3: statistics<double, double>(*a); return 0;
+    default: return 1;
+  }
+}
+
+SEAL_EXPORT(seal_bn_normalised_gradient)(const NormArguments* a) {
+  switch (a->dtype) {
+    case 0: normalised_gradient<float, float>(*a); return 0;
+    case 1: normalised_gradient<float, bfloat16>(*a); return 0;
+    case 2: normalised_gradient<float, float16>(*a); return 0;
+    case 3: normalised_gradient<double, double>(*a); return 0;
+    default: return 1;
+  }
+}
