@@ -7,7 +7,7 @@ Operators: `lif`, `bn_lif`, `seal_loss`, `selective_alignment_weights`. Modules 
 from . import models, nn
 from .backends import backends
 from .memory import reuse_freed_memory
-from .ops import bn_lif, lif, seal_loss, selective_alignment_weights
+from .ops import bn_lif, lif, packed_spikes, seal_loss, selective_alignment_weights
 from .version import __version__
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "lif",
     "models",
     "nn",
+    "packed_spikes",
     "reuse_freed_memory",
     "seal_loss",
     "selective_alignment_weights",

@@ -110,7 +110,7 @@ def _availability(
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device is not None and serves not in (None, device.type) and not interpreted:
         return Availability(False, f"it runs on {serves} tensors, and these are on {device.type}")
-    if dtype == torch.float64 and serves == "cuda" and operator != "lif":
+    if dtype == torch.float64 and serves == "cuda" and operator not in ("lif", "bn_lif"):
         return Availability(False, "it computes in float32, and these are float64")
     reason = _MISSING.get(backend, "")
     if not reason and device is None and serves == "cuda" and not interpreted and not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """Batch norm + residual + LIF in torch: the meaning that every kernel reproduces.
 
-    m = batch_norm(y) + residual        spikes = lif(m viewed as [T, B, C, ...])
+    m = batch_norm(y) + residual, or + batch_norm(residual)        spikes = lif(m viewed as [T, B, C, ...])
 
 The neuron itself is the operator `lif`, whatever its backend.
 
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import ranks
+
 
 def batch_norm(y: torch.Tensor, bn: nn.Module, repeats: int = 1) -> torch.Tensor:
     """`bn(y)`, with running statistics as if every row of y occurred `repeats` times.
@@ -25,23 +27,38 @@ def batch_norm(y: torch.Tensor, bn: nn.Module, repeats: int = 1) -> torch.Tensor
         repeats: How many time steps y stands for.
     """
     updates = bn.training and bn.track_running_stats
+    group = ranks.synchronised(bn)
+    if group is not None:  # torch's own does not run on the CPU
+        out, mean, variance, count = ranks.batch_norm(y, bn, group)
+        if updates:
+            update_running_statistics(bn, mean, variance, repeats * count)
+        return out
     if repeats == 1 or not updates:
         return bn(y)
     bn._check_input_dim(y)
     count = y.numel() // y.shape[1]
-    if isinstance(bn, nn.SyncBatchNorm) or count == 1:
-        # The sample size lies on other ranks too, or torch refuses it: let the module see every row.
+    if count == 1:  # torch refuses it: let the module see every row
         return bn(y.repeat(repeats, *[1] * (y.dim() - 1)))[: y.shape[0]]
 
     mean, variance = torch.zeros_like(bn.running_mean), torch.zeros_like(bn.running_var)
     out = F.batch_norm(y, mean, variance, bn.weight, bn.bias, training=True, momentum=1.0, eps=bn.eps)
-    # torch's unbiased variance is var·n/(n-1) for n rows; the repeated sample has repeats·n.
-    variance = variance * ((count - 1) / count * (repeats * count) / (repeats * count - 1))
+    variance = variance * ((count - 1) / count)  # torch's is unbiased
+    update_running_statistics(bn, mean, variance, repeats * count)
+    return out
+
+
+@torch.no_grad()
+def update_running_statistics(
+    bn: nn.Module,
+    mean: torch.Tensor,  # [C]
+    variance: torch.Tensor,  # [C], biased
+    count: int | torch.Tensor,  # numbers that they are of
+) -> None:
+    """Let the running statistics see one more batch, as torch does."""
     bn.num_batches_tracked.add_(1)
     momentum = 1.0 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
-    for running, observed in ((bn.running_mean, mean), (bn.running_var, variance)):
-        running.mul_(1.0 - momentum).add_(observed * momentum)
-    return out
+    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
+    bn.running_var.lerp_(variance.to(bn.running_var.dtype) * (count / (count - 1)), momentum)
 
 
 def membrane_input(
@@ -50,11 +67,15 @@ def membrane_input(
     *,
     time_steps: int,
     residual: torch.Tensor | None,  # [T·B, C, ...], or [B, C, ...] for the same residual at each time step
+    residual_bn: nn.Module | None,  # a batch norm that the residual passes first
     static: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return m as the neuron's input [T, B, C, ...], and as rows: [B, C, ...] where nothing in it varies in time."""
     m = batch_norm(y, bn, repeats=time_steps if static else 1)
     if residual is not None:
+        if residual_bn is not None:
+            batch = m.shape[0] if static else m.shape[0] // time_steps
+            residual = batch_norm(residual, residual_bn, repeats=1 if residual.shape[0] > batch else time_steps)
         if residual.shape[0] == m.shape[0]:
             m = m + residual
         else:  # one of the two is the same at each time step

@@ -22,3 +22,9 @@ def pack(spikes: torch.Tensor) -> torch.Tensor:  # [T, ...], 0 or 1 -> [T, ceil(
     rows = memory_order(spikes).flatten(1) if spikes.dim() > 1 else spikes.unsqueeze(1)
     bits = F.pad(rows, (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8)) != 0
     return (bits.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=spikes.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: torch.Tensor, N: int, dtype: torch.dtype) -> torch.Tensor:  # [T, ceil(N/8)] uint8 -> [T, N]
+    """The spikes as numbers again, rows in the order in which they lay in memory."""
+    bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten(1)[:, :N].to(dtype)

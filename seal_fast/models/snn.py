@@ -30,6 +30,7 @@ class Neuron(LIFNode):
         *,
         time_steps: int,
         residual: torch.Tensor | None = None,
+        residual_bn: nn.Module | None = None,
         static: bool = False,
         return_membrane_input: bool = False,
     ):
@@ -40,6 +41,7 @@ class Neuron(LIFNode):
                 self,
                 time_steps=time_steps,
                 residual=residual,
+                residual_bn=residual_bn,
                 static=static,
                 return_membrane_input=return_membrane_input,
             )
@@ -64,8 +66,12 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(channels))
 
     def forward(self, spikes: torch.Tensor, time_steps: int) -> torch.Tensor:  # noqa: D102
-        inner = self.lif1(self.conv1(spikes), self.bn1, time_steps=time_steps)
-        return self.lif2(self.conv2(inner), self.bn2, time_steps=time_steps, residual=self.shortcut(spikes))
+        inner = self.conv2(self.lif1(self.conv1(spikes), self.bn1, time_steps=time_steps))
+        shortcut, bn = spikes, None
+        if len(self.shortcut):
+            convolution, bn = self.shortcut
+            shortcut = convolution(spikes)
+        return self.lif2(inner, self.bn2, time_steps=time_steps, residual=shortcut, residual_bn=bn)
 
 
 class PreActBlock(nn.Module):
@@ -94,13 +100,22 @@ class PreActBlock(nn.Module):
         time_steps: int,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         inner = self.conv2(self.lif1(self.conv1(spikes), self.bn1, time_steps=time_steps))
-        shortcut = membrane_input
+        shortcut, bn = membrane_input, None
         if self.downsample is not None:
             convolution, bn = self.downsample
-            shortcut = batch_norm(convolution(shortcut), bn, repeats=len(spikes) // len(shortcut))
-        if self.lif2 is None:
-            return None, self.bn2(inner) + shortcut
-        return self.lif2(inner, self.bn2, time_steps=time_steps, residual=shortcut, return_membrane_input=True)
+            shortcut = convolution(shortcut)
+        if self.lif2 is not None:
+            return self.lif2(
+                inner,
+                self.bn2,
+                time_steps=time_steps,
+                residual=shortcut,
+                residual_bn=bn,
+                return_membrane_input=True,
+            )
+        if bn is not None:
+            shortcut = batch_norm(shortcut, bn, repeats=len(spikes) // len(shortcut))
+        return None, batch_norm(inner, self.bn2) + shortcut
 
 
 class Student(nn.Module):

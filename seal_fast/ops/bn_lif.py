@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..backends import resolve
-from ..kernels.bn_lif import reference
+from ..kernels.bn_lif import ranks, reference
+from ..kernels.bn_lif.tensors import backward_outputs, forward_outputs, inputs
+from ..kernels.lif.reference import state_dtype
+from ..kernels.neuron.options import Options
+from . import _neuron, _packed
 from ._arguments import (
     NEURON_OPTIONS,
+    neuron_options,
     require_device,
     require_float_tensor,
     require_integer,
     require_per_channel,
     shape,
 )
+from ._dispatch import is_eager, kernel_module
+from ._normalise import NO_NORM, Norm, can_fuse, norm_of
 from .lif import lif as lif_operator
 
 
 def bn_lif(
-    y: torch.Tensor,
+    y: Tensor,
     bn: nn.Module,
     lif: nn.Module,
     *,
     time_steps: int,
-    residual: torch.Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_bn: nn.Module | None = None,
     static: bool = False,
     return_membrane_input: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Spikes of LIF neurons driven by batch_norm(y) + residual, each neuron starting at rest.
 
     Args:
         y: Convolution output [T·B, C, ...], T outermost; with `static`, [B, C, ...], the same at each time step.
         bn: nn.BatchNorm1d, 2d, 3d or nn.SyncBatchNorm. In training mode its running statistics are updated as if it had
-            seen all T·B rows, also where y is static (where its forward hooks are not called).
+            seen all T·B rows, also where y is static. Where it has hooks it is called, and nothing is fused.
         lif: A LIFNode, whose options (tau, v_threshold, …) and backend are used, and whose state is not.
         time_steps: T.
         residual: Added after batch norm; [T·B, C, ...], or [B, C, ...] for one that is the same at each time step.
+        residual_bn: A batch norm that the residual passes first; its output is not kept for the backward pass.
         static: Whether y holds one frame for all time steps.
         return_membrane_input: Whether to return batch_norm(y) + residual as well, for pre-activation networks.
 
@@ -48,33 +60,310 @@ def bn_lif(
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value, or the backend of `lif` cannot run.
     """
+    batch = _check(y, bn, lif, time_steps, residual, residual_bn, static)
+    chosen = resolve(lif.backend, "bn_lif", y.device, y.dtype)
+    norms = [module for module in (bn, residual_bn) if module is not None]
+    alike = residual is None or residual.dtype == y.dtype
+    groups = {ranks.synchronised(module) for module in norms}
+    if chosen == "torch" or not alike or len(groups) > 1 or not all(can_fuse(module) for module in norms):
+        steps, membrane_input = reference.membrane_input(
+            y, bn, time_steps=time_steps, residual=residual, residual_bn=residual_bn, static=static
+        )
+        options = {name: getattr(lif, name) for name in (*NEURON_OPTIONS, "backend")}
+        spikes = lif_operator(steps, return_v_last=False, **options)[0].flatten(0, 1)
+        return (spikes, membrane_input) if return_membrane_input else spikes
+
+    options = neuron_options(*(getattr(lif, name) for name in NEURON_OPTIONS))
+    numbers, learned = _neuron.numbers_of(options, chosen)
+    eager = is_eager(y, residual, *learned)
+    statistics = functools.partial(_find_statistics if eager else _statistics, backend=chosen)
+    norm = norm_of(bn, y, time_steps if static else 1, statistics)
+    of_residual, parameters = NO_NORM, (None, None)
+    if residual_bn is not None:
+        repeats = 1 if residual.shape[0] > batch else time_steps
+        of_residual, parameters = (
+            norm_of(residual_bn, residual, repeats, statistics),
+            (residual_bn.weight, residual_bn.bias),
+        )
+    call = _Call(
+        *(y, residual, *learned, bn.weight, bn.bias, *parameters, *norm[:2], *of_residual[:2]),
+        *(norm.count, of_residual.count, numbers, time_steps, static, return_membrane_input, _packed.wanted()),
+    )
+    if eager or norm.group is not None:
+        spikes, m, packed = _Eager.apply(norm.group, *call.flat())
+    else:
+        spikes, m, packed = _bn_lif(*call.flat())
+    if call.pack:
+        _packed.keep(spikes.unflatten(0, (time_steps, -1)), packed)
+    return (spikes, m) if return_membrane_input else spikes
+
+
+def _check(y, bn, lif, time_steps, residual, residual_bn, static) -> int:
+    """B, or an error in a sentence."""
     require_float_tensor("y", y, "[T·B, C, ...]")
-    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
-        raise TypeError(f"bn must be a BatchNorm or SyncBatchNorm module; got {type(bn).__name__}.")
+    for name, module in (("bn", bn), ("residual_bn", residual_bn)):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) and (module is not None or name == "bn"):
+            raise TypeError(f"{name} must be a BatchNorm or SyncBatchNorm module; got {type(module).__name__}.")
     missing = [name for name in (*NEURON_OPTIONS, "backend") if not hasattr(lif, name)]
     if missing:
         raise TypeError(f"lif must be a LIFNode; got {type(lif).__name__}, which has no {missing[0]}.")
     require_integer("time_steps", time_steps, 1)
     if y.dim() < 2 or y.shape[1] != bn.num_features:
         raise ValueError(f"y must be [T·B, {bn.num_features}, ...], the channels of bn; got {shape(y)}.")
+    bn._check_input_dim(y)
     batch = y.shape[0] if static else y.shape[0] // time_steps
     if batch == 0 or (not static and y.shape[0] % time_steps):
         raise ValueError(f"y must have T·B rows with T = {time_steps} time steps; got {shape(y)}.")
     for name in ("tau", "v_threshold"):
         require_per_channel(name, getattr(lif, name), y.unsqueeze(0) if static else y.unflatten(0, (time_steps, -1)))
-    for tensor in (bn.weight, bn.running_mean):
-        if tensor is not None:
-            require_device("bn", tensor, "y", y)
-            if y.dtype != tensor.dtype and not (y.dtype.itemsize == 2 and tensor.dtype == torch.float32):
-                raise TypeError(f"bn must be of y's dtype, {y.dtype}, or float32 for 16-bit y; got {tensor.dtype}.")
+    _check_norm("bn", bn, "y", y)
     if residual is not None:
         require_float_tensor("residual", residual, "[T·B, C, ...]")
         require_device("residual", residual, "y", y)
         if residual.shape[1:] != y.shape[1:] or residual.shape[0] not in (batch, time_steps * batch):
             rows = f"[{time_steps * batch} or {batch}, {', '.join(map(str, y.shape[1:]))}]"
             raise ValueError(f"residual must be {rows} for y {shape(y)}; got {shape(residual)}.")
-    resolve(lif.backend, "bn_lif", y.device)
-    steps, membrane_input = reference.membrane_input(y, bn, time_steps=time_steps, residual=residual, static=static)
-    options = {name: getattr(lif, name) for name in (*NEURON_OPTIONS, "backend")}
-    spikes = lif_operator(steps, return_v_last=False, **options)[0].flatten(0, 1)
-    return (spikes, membrane_input) if return_membrane_input else spikes
+    if residual_bn is not None:
+        if residual is None:
+            raise ValueError("residual_bn needs a residual to normalise; got None.")
+        if residual_bn.num_features != y.shape[1]:
+            raise ValueError(f"residual_bn must have {y.shape[1]} channels, as y; got {residual_bn.num_features}.")
+        _check_norm("residual_bn", residual_bn, "residual", residual)
+    return batch
+
+
+def _check_norm(name: str, bn: nn.Module, input_name: str, y: Tensor) -> None:
+    for tensor in (bn.weight, bn.running_mean):
+        if tensor is not None:
+            require_device(name, tensor, input_name, y)
+            if y.dtype != tensor.dtype and not (y.dtype.itemsize == 2 and tensor.dtype == torch.float32):
+                allowed = f"{input_name}'s dtype, {y.dtype}, or float32 for 16-bit {input_name}"
+                raise TypeError(f"{name} must be of {allowed}; got {tensor.dtype}.")
+
+
+_kernel = functools.partial(kernel_module, "bn_lif")
+
+
+def _find_statistics(y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return _kernel(backend).statistics(y)
+
+
+_statistics = torch.library.custom_op(
+    "seal_fast::batch_statistics",
+    _find_statistics,
+    mutates_args=(),
+    schema="(Tensor y, str backend) -> (Tensor, Tensor)",
+)
+
+
+@_statistics.register_fake
+def _(y, backend):
+    return tuple(y.new_empty(y.shape[1], dtype=state_dtype(y.dtype)) for _ in range(2))
+
+
+class _Call(NamedTuple):
+    """All that the operator takes, in the order of its schema."""
+
+    y: Tensor
+    residual: Tensor | None
+    tau: Tensor | None
+    threshold: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    residual_weight: Tensor | None
+    residual_bias: Tensor | None
+    mean: Tensor
+    inverse_std: Tensor
+    residual_mean: Tensor | None
+    residual_inverse_std: Tensor | None
+    count: int
+    residual_count: int
+    numbers: tuple
+    time_steps: int
+    static: bool
+    keep_m: bool
+    pack: bool
+
+    @classmethod
+    def parse(cls, flat: tuple) -> _Call:
+        """What `flat` gave."""
+        return cls(*flat[:14], flat[14:-4], *flat[-4:])
+
+    def flat(self) -> tuple:
+        """The arguments of the registered operator."""
+        return (*self[:14], *self.numbers, *self[15:])
+
+    @property
+    def norms(self) -> tuple[Norm, Norm | None]:
+        """What y and the residual pass."""
+        of_residual = Norm(self.residual_mean, self.residual_inverse_std, self.residual_count)
+        return Norm(self.mean, self.inverse_std, self.count), None if self.residual_mean is None else of_residual
+
+    @property
+    def scales(self) -> Tensor:
+        """[2, C], or [4, C] with a batch norm of the residual, as kernels take them."""
+        norm, of_residual = self.norms
+        rows = norm.scales(self.weight, self.bias)
+        if of_residual is not None:
+            rows += of_residual.scales(self.residual_weight, self.residual_bias)
+        return torch.stack(rows).to(state_dtype(self.y.dtype))
+
+    @property
+    def rest(self) -> dict:
+        """What forward and backward of a kernel take besides tensors."""
+        return {"time_steps": self.time_steps, "static": self.static}
+
+    @property
+    def options(self) -> Options:
+        """Those of the neuron."""
+        return _neuron.options_of(self.tau, self.threshold, self.numbers)
+
+
+_SCHEMA = (
+    "Tensor y, Tensor? residual, Tensor? tau_tensor, Tensor? threshold_tensor, Tensor? weight, Tensor? bias, "
+    "Tensor? residual_weight, Tensor? residual_bias, Tensor mean, Tensor inverse_std, Tensor? residual_mean, "
+    f"Tensor? residual_inverse_std, int count, int residual_count, {_neuron.SCHEMA}, int time_steps, bool static, "
+    "bool keep_m, bool pack"
+)
+_TENSORS = 12  # the first of the arguments
+
+
+def _run(*flat):
+    call = _Call.parse(flat)
+    outputs = _kernel(call.numbers[-1]).forward(
+        call.y, call.residual, call.scales, call.options, **call.rest, keep_m=call.keep_m, pack=call.pack
+    )
+    return _or_empty(call.y, outputs)
+
+
+def _or_empty(like: Tensor, outputs) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if output is None else output for output in outputs)
+
+
+_bn_lif = torch.library.custom_op(
+    "seal_fast::bn_lif", _run, mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@_bn_lif.register_fake
+def _(*flat):
+    call = _Call.parse(flat)
+    given = inputs(call.y, call.residual, **call.rest)
+    return _or_empty(call.y, forward_outputs(given, keep_m=call.keep_m, pack=call.pack))
+
+
+def _run_backward(grad_spikes, grad_m, *arguments, group=None):
+    """Gradients of y, residual, θ, 1/τ (each neuron's part) and the four parameters, empty where not wanted."""
+    *flat, needs_y, needs_residual = arguments
+    call = _Call.parse(tuple(flat))
+    y, residual, scales = call.y, call.residual, call.scales
+    kernel = _kernel(call.numbers[-1])
+    batch = y.shape[0] if call.static else y.shape[0] // call.time_steps
+    wanted = [needs_y, residual is not None and needs_residual]
+    static = [call.static, residual is not None and residual.shape[0] == batch]
+    of_steps = [want and not summed for want, summed in zip(wanted, static, strict=True)]
+    of_total = [want and summed for want, summed in zip(wanted, static, strict=True)]
+    norms = [norm for norm in call.norms if norm is not None]
+    steps, total, sums, grad_threshold, grad_inverse_tau = kernel.backward(
+        *(grad_spikes, grad_m, y, residual, scales),
+        *(torch.stack([norm.mean for norm in norms]).to(scales.dtype), call.options),
+        **call.rest,
+        steps=any(of_steps),
+        total=any(of_total),
+        parameters=call.tau is not None or call.threshold is not None,
+    )
+    rows = [total if summed else steps for summed in static]
+    all_sums = ranks.summed(sums, group)
+    grads = [None, rows[1] if wanted[1] else None]
+    for i, (norm, source) in enumerate(zip(norms, (y, residual), strict=False)):
+        if wanted[i]:
+            needed_again = i == 0 and wanted[1] and static[0] == static[1]
+            coefficients = norm.coefficients(scales[2 * i], all_sums[0], all_sums[1 + i])
+            source = None if norm.constant else source
+            grads[i] = kernel.normalised_gradient(rows[i], source, coefficients, in_place=not needed_again)
+    grads += [grad_threshold, grad_inverse_tau]
+    for i, norm in enumerate(norms):
+        grads += [norm.inverse_std * sums[1 + i], sums[0].clone()]
+    return _or_empty(y, (*grads, *[None] * (8 - len(grads))))
+
+
+_bn_lif_backward = torch.library.custom_op(
+    "seal_fast::bn_lif_backward",
+    lambda *arguments: _run_backward(*arguments),
+    mutates_args=(),
+    schema=(
+        f"(Tensor grad_spikes, Tensor? grad_m, {_SCHEMA}, bool needs_y, bool needs_residual) -> "
+        f"({', '.join(['Tensor'] * 8)})"
+    ),
+)
+
+
+@_bn_lif_backward.register_fake
+def _(grad_spikes, grad_m, *arguments):
+    *flat, needs_y, needs_residual = arguments
+    call = _Call.parse(tuple(flat))
+    given = inputs(call.y, call.residual, **call.rest)
+    parameters = call.tau is not None or call.threshold is not None
+    outputs = backward_outputs(given, steps=True, total=False, parameters=parameters)
+    rows = [given.y if needs_y else None, given.residual if needs_residual else None]
+    grads = [None if row is None else torch.empty_like(row) for row in rows]
+    of_norms = [call.mean, call.mean, *([] if call.residual_mean is None else [call.mean, call.mean])]
+    grads += [*outputs[2:], *(torch.empty_like(row, dtype=state_dtype(call.y.dtype)) for row in of_norms)]
+    return _or_empty(call.y, (*grads, *[None] * (8 - len(grads))))
+
+
+def _save(ctx, flat, output):
+    ctx.save_for_backward(*flat[:_TENSORS])
+    ctx.rest = flat[_TENSORS:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, needs, run, grad_spikes, grad_m):
+    call = _Call.parse((*ctx.saved_tensors, *ctx.rest))
+    if grad_spikes is None:
+        rows = call.y.shape[0] * (call.time_steps if call.static else 1)
+        grad_spikes = call.y.new_zeros(()).expand(rows, *call.y.shape[1:])
+    grads = run(grad_spikes, grad_m if call.keep_m else None, *call.flat(), *needs)
+    grad_y, grad_residual, grad_threshold, grad_inverse_tau, *of_parameters = grads
+    parameters = call.weight, call.bias, call.residual_weight, call.residual_bias
+    return (
+        grad_y if needs[0] else None,
+        grad_residual if needs[1] else None,
+        *_neuron.parameter_gradients(grad_threshold, grad_inverse_tau, call.tau, call.threshold),
+        *(
+            None if parameter is None else grad.to(parameter.dtype)
+            for parameter, grad in zip(parameters, of_parameters, strict=True)
+        ),
+        *[None] * (4 + len(ctx.rest)),
+    )
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without its registration, and over several ranks."""
+
+    @staticmethod
+    def forward(ctx, group, *flat):
+        output = _run(*flat)
+        _save(ctx, flat, output)
+        ctx.group = group
+        ctx.mark_non_differentiable(output[2])
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_spikes, grad_m, _):
+        # Where a graph of the backward pass is asked for, the registered operator refuses to be differentiated again.
+        registered = torch.is_grad_enabled() and ctx.group is None
+        run = _bn_lif_backward if registered else functools.partial(_run_backward, group=ctx.group)
+        return None, *_gradients(ctx, ctx.needs_input_grad[1:3], run, grad_spikes, grad_m)
+
+
+def _registered_gradients(ctx, grad_spikes, grad_m, _):
+    return _gradients(ctx, ctx.needs_input_grad[:2], _bn_lif_backward, grad_spikes, grad_m)
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise NotImplementedError("bn_lif can be differentiated twice only with backend='torch'.")
+
+
+_bn_lif.register_autograd(_registered_gradients, setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output))
+_bn_lif_backward.register_autograd(_refuse_second_derivative, setup_context=lambda ctx, inputs, output: None)

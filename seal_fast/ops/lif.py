@@ -10,9 +10,9 @@ from torch import Tensor
 from ..backends import resolve
 from ..kernels.launch.layout import as_rows, empty_rows
 from ..kernels.lif import reference
-from ..kernels.neuron.options import Options
 from ..kernels.packing.reference import bytes_of, pack
 from ..kernels.surrogate.reference import Surrogate
+from . import _neuron, _packed
 from ._arguments import neuron_options, require_device, require_float_tensor, require_per_channel, shape
 from ._dispatch import is_eager, kernel_module
 
@@ -76,52 +76,23 @@ def lif(
     if chosen == "torch":
         spikes, v_last = reference.lif(x, v_init=v_init, **options)
         outputs = spikes, v_last if return_v_last else None
-        return (*outputs, pack(spikes.detach())) if return_packed else outputs
-    surrogate = options["surrogate"]
-    tau, tau_tensor = _number_and_tensor(tau)
-    threshold, threshold_tensor = _number_and_tensor(v_threshold)
+        packed = pack(spikes.detach()) if return_packed or _packed.wanted() else None
+        if _packed.wanted():
+            _packed.keep(spikes, packed)
+        return (*outputs, packed) if return_packed else outputs
+    numbers, (tau_tensor, threshold_tensor) = _neuron.numbers_of(options, chosen)
     run = _Eager.apply if is_eager(x, v_init, tau_tensor, threshold_tensor) else _lif
+    keep = _packed.wanted()
     spikes, v_last, packed = run(
-        x,
-        v_init,
-        tau_tensor,
-        threshold_tensor,
-        tau,
-        threshold,
-        decay_input,
-        options["v_reset"],
-        surrogate.name,
-        surrogate.alpha,
-        detach_reset,
-        chosen,
-        return_v_last,
-        return_packed,
+        x, v_init, tau_tensor, threshold_tensor, *numbers, return_v_last, return_packed or keep
     )
+    if keep:
+        _packed.keep(spikes, packed)
     outputs = spikes, v_last if return_v_last else None
     return (*outputs, packed) if return_packed else outputs
 
 
-def _number_and_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:
-    """A value for the operator, which takes numbers by value, so that no device copy is made of them."""
-    return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
-
-
-# What both operators take after their tensors: numbers by value, so that none is copied to the device.
-_OPTIONS = (
-    "Tensor? tau_tensor, Tensor? threshold_tensor, float tau, float threshold, bool decay_input, float? v_reset, "
-    "str surrogate, float alpha, bool detach_reset, str backend"
-)
-
-
-def _options(tau_tensor, threshold_tensor, tau, threshold, decay_input, v_reset, surrogate, alpha, detach_reset, _):
-    return Options(
-        tau=tau if tau_tensor is None else tau_tensor,
-        decay_input=decay_input,
-        v_threshold=threshold if threshold_tensor is None else threshold_tensor,
-        v_reset=v_reset,
-        surrogate=Surrogate(surrogate, alpha),
-        detach_reset=detach_reset,
-    )
+_OPTIONS = f"Tensor? tau_tensor, Tensor? threshold_tensor, {_neuron.SCHEMA}"
 
 
 _kernel = functools.partial(kernel_module, "lif")
@@ -129,7 +100,9 @@ _kernel = functools.partial(kernel_module, "lif")
 
 def _run(x, v_init, *arguments):
     *options, keep_v, pack = arguments
-    outputs = _kernel(options[-1]).forward(x, v_init, _options(*options), keep_v=keep_v, pack=pack)
+    outputs = _kernel(options[-1]).forward(
+        x, v_init, _neuron.options_of(*options[:2], options[2:]), keep_v=keep_v, pack=pack
+    )
     return tuple(x.new_empty(0) if output is None else output for output in outputs)
 
 
@@ -152,7 +125,9 @@ def _(x, v_init, *arguments):
 def _run_backward(grad_spikes, grad_v_last, x, v_init, tau_tensor, threshold_tensor, *options):
     learned = tau_tensor is not None or threshold_tensor is not None
     options = (tau_tensor, threshold_tensor, *options)
-    grads = _kernel(options[-1]).backward(grad_spikes, grad_v_last, x, v_init, _options(*options), parameters=learned)
+    grads = _kernel(options[-1]).backward(
+        grad_spikes, grad_v_last, x, v_init, _neuron.options_of(*options[:2], options[2:]), parameters=learned
+    )
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -194,23 +169,12 @@ def _backward(ctx, grad_spikes, grad_v_last, _):
     grad_x, grad_v_init, grad_threshold, grad_inverse_tau = ctx.run(
         grad_spikes, grad_v_last, x, v_init, tau_tensor, threshold_tensor, *ctx.options
     )
-    grad_tau = None
-    if tau_tensor is not None:
-        grad_tau = _summed_like(grad_inverse_tau, tau_tensor) / -(tau_tensor * tau_tensor)
     return (
         grad_x,
         None if v_init is None else grad_v_init.to(v_init.dtype),
-        grad_tau,
-        None if threshold_tensor is None else _summed_like(grad_threshold, threshold_tensor),
+        *_neuron.parameter_gradients(grad_threshold, grad_inverse_tau, tau_tensor, threshold_tensor),
         *[None] * (len(ctx.options) + 2),
     )
-
-
-def _summed_like(parts: Tensor, parameter: Tensor) -> Tensor:
-    """Each neuron's part [B, C, ...] summed to the parameter's shape, a scalar or [C]."""
-    if parameter.dim() == 0 or parameter.shape[0] == 1:
-        return parts.sum().reshape(parameter.shape).to(parameter.dtype)
-    return parts.sum([axis for axis in range(parts.dim()) if axis != 1]).to(parameter.dtype)
 
 
 class _Eager(torch.autograd.Function):

@@ -1,0 +1,55 @@
+// Packed spikes back to numbers, on the CPU. Compiled once for each instruction set in ISA (setup.py).
+#include "../launch/export.h"
+#include "../launch/pages.h"
+#include "../launch/vector.h"
+
+// As in cpu.py.
+struct UnpackArguments {
+  const uint8_t* packed;  // [T, ceil(N/8)]
+  void* spikes;           // [T, N]
+  int64_t T, N;
+  int32_t dtype, threads;
+};
+
+namespace {
+
+template <typename Number>
+struct Eight { Number at[8]; };
+
+template <typename Number>
+void unpack(const UnpackArguments& a, Number one) {
+  Eight<Number> of_byte[256];
+  for (int byte = 0; byte < 256; ++byte) {
+    for (int bit = 0; bit < 8; ++bit) of_byte[byte].at[bit] = byte >> bit & 1 ? one : Number{};
+  }
+  constexpr int64_t kBytes = 1 << 13;  // that a thread takes at a time
+  const int64_t bytes = (a.N + 7) / 8, pieces = (bytes + kBytes - 1) / kBytes;
+  Number* spikes = static_cast<Number*>(a.spikes);
+  prefer_large_pages(spikes, a.T * a.N * int64_t(sizeof(Number)));
+#pragma omp parallel for schedule(static) num_threads(a.T* pieces > 1 ? a.threads : 1)
+  for (int64_t piece = 0; piece < a.T * pieces; ++piece) {
+    const int64_t t = piece / pieces, first = piece % pieces * kBytes, last = std::min(bytes, first + kBytes);
+    const uint8_t* from = a.packed + t * bytes;
+    Number* row = spikes + t * a.N;
+    for (int64_t byte = first; byte < last; ++byte) {
+      const int64_t count = std::min<int64_t>(8, a.N - 8 * byte);
+      if (count == 8) {
+        std::memcpy(row + 8 * byte, of_byte[from[byte]].at, sizeof(Eight<Number>));
+      } else {
+        std::memcpy(row + 8 * byte, of_byte[from[byte]].at, count * sizeof(Number));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+SEAL_EXPORT(seal_unpack)(const UnpackArguments* a) {
+  switch (a->dtype) {
+    case 0: unpack<float>(*a, 1.0f); return 0;
+    case 1: unpack<bfloat16>(*a, bfloat16{0x3f80}); return 0;
+    case 2: unpack<float16>(*a, float16{0x3c00}); return 0;
+    case 3: unpack<double>(*a, 1.0); return 0;
+    default: return 1;
+  }
+}
