@@ -1,4 +1,4 @@
-"""Options of the benchmarks, the machine in their results, and the table of ratios at their end."""
+"""Options of the benchmarks, the machine in their results, and the tables at their end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 import measure
 from seal_fast import reuse_freed_memory
 
-ROWS = pytest.StashKey[list]()
+TABLES = pytest.StashKey[dict]()  # section -> group -> lines
+FIRST = pytest.StashKey[dict]()  # group -> seconds of its first contestant
+SECTION = "best of all rounds; x: how many times slower than the first; share: of the copy bandwidth"
 
 
 def pytest_addoption(parser):
@@ -18,7 +20,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[ROWS] = []
+    config.stash[TABLES], config.stash[FIRST] = {}, {}
     reuse_freed_memory()  # for every contestant alike
 
 
@@ -32,7 +34,17 @@ def tiny(request) -> bool:
 
 
 @pytest.fixture
-def contest(request, benchmark):
+def report(request):
+    """Adds a line to the tables at the end."""
+
+    def add(section: str, group: str, line: str) -> None:
+        request.config.stash[TABLES].setdefault(section, {}).setdefault(group, []).append(line)
+
+    return add
+
+
+@pytest.fixture
+def contest(request, benchmark, report):
     """Times a step in its group: how long it takes, and how near that is to moving the least bytes at copy speed."""
 
     def run(group: str, contestant: str, step, *, floor_bytes: int, tensor_bytes: int):
@@ -40,33 +52,26 @@ def contest(request, benchmark):
         seconds = 0.0 if request.config.getoption("--tiny") else request.config.getoption("--seconds")
         benchmark.group = group
         benchmark.pedantic(step, rounds=measure.rounds(step, seconds, 3), warmup_rounds=2)
-        best = benchmark.stats.stats.min
+        best, median = benchmark.stats.stats.min, benchmark.stats.stats.median
         share = floor_bytes / best / measure.copy_bandwidth(tensor_bytes)
         benchmark.extra_info.update(contestant=contestant, share_of_copy_bandwidth=share)
-        request.config.stash[ROWS].append((group, contestant, best, benchmark.stats.stats.median, share))
+        ratio = best / request.config.stash[FIRST].setdefault(group, best)
+        times = f"{best * 1e3:10.3f} ms  (median {median * 1e3:10.3f})"
+        report(SECTION, group, f"  {contestant:28s} {times} {ratio:8.2f}x {share:7.0%}")
 
     return run
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    groups: dict[str, list] = {}
-    for group, *row in config.stash[ROWS]:
-        groups.setdefault(group, []).append(row)
-    if not groups:
-        return
     facts = measure.machine()
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    terminalreporter.section(
-        "best of all rounds; x: how many times slower than the first; share: of the copy bandwidth"
-    )
-    terminalreporter.write_line(f"{facts.get('gpu') or facts['cpu']}; {versions}")
-    for group, rows in groups.items():
-        terminalreporter.write_line(f"\n{group}")
-        for contestant, best, median, share in rows:
-            ratio = best / rows[0][1]
-            terminalreporter.write_line(
-                f"  {contestant:28s} {best * 1e3:10.3f} ms  (median {median * 1e3:10.3f}) {ratio:8.2f}x {share:7.0%}"
-            )
+    for section, groups in config.stash[TABLES].items():
+        terminalreporter.section(section)
+        terminalreporter.write_line(f"{facts.get('gpu') or facts['cpu']}; {versions}")
+        for group, lines in groups.items():
+            terminalreporter.write_line(f"\n{group}")
+            for line in lines:
+                terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,8 @@ Installs the project into the running Python if it is not there, then runs the t
 compute-sanitizer where it is installed, and the benchmarks, and writes benchmarks/results/<gpu>-<date>-<commit>.json
 with the machine, the versions, the commit, what passed and every figure. Ends with an error if anything failed.
 
+    python benchmarks/gpu.py training      one step alone, with all the time: here also what torch.compile needs for it
+
 Folders named in SPIKINGJELLY, separated as in PATH, each with another version of SpikingJelly in it, are further peers.
 """
 
@@ -14,6 +16,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +24,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMITS = {"tests": 240, "memcheck": 60, "racecheck": 60, "benchmarks": 200}  # seconds; under ten minutes together
+# Seconds; under ten minutes together, which is what one step may take that runs alone.
+LIMITS = {"tests": 200, "memcheck": 50, "racecheck": 50, "benchmarks": 170, "training": 120}
+ALONE = 590
+STEPS = ("tests", "sanitizer", "benchmarks", "training")
 SANITIZED = ROOT / "benchmarks" / "sanitized.py"
 
 
@@ -29,10 +35,17 @@ def run(name: str, command: list[str], limit: float, **environment: str) -> dict
     """Run a step and show its output: how it ended, and how long it took."""
     print(f"\n==> {name}: {' '.join(command)}", flush=True)
     start = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
     try:
-        code = subprocess.run(command, cwd=ROOT, timeout=limit, env={**os.environ, **environment}).returncode
+        code = process.wait(limit)
     except subprocess.TimeoutExpired:
         code = -1
+        process.send_signal(signal.SIGINT)  # pytest then writes the figures that it has
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         print(f"{name} took longer than {limit:.0f} s and was stopped", flush=True)
     return {"step": name, "passed": code == 0, "seconds": round(time.monotonic() - start, 1)}
 
@@ -55,19 +68,36 @@ def install() -> None:
         subprocess.run(pip, cwd=ROOT, check=True)
 
 
-def benchmark(folder: Path) -> tuple[list[dict], list[dict], dict]:
-    """All benchmarks, once for each version of SpikingJelly: steps, figures, and the machine."""
+def benchmark(
+    folder: Path, name: str, files: list[str], chosen: str, of_peers: str, limit: float
+) -> tuple[list[dict], list[dict], dict]:
+    """Benchmarks, once for each version of SpikingJelly.
+
+    Args:
+        folder: For figures.
+        name: Of the step.
+        files: What pytest runs.
+        chosen: pytest's expression for what runs with the version that is installed; empty for everything.
+        of_peers: The same for all other versions.
+        limit: Seconds for all versions together.
+
+    Returns:
+        Steps, figures, and the machine.
+    """
     others = [path for path in os.environ.get("SPIKINGJELLY", "").split(os.pathsep) if path]
     steps, figures, machine = [], [], {}
     for number, peer in enumerate(["", *others]):
-        path = folder / f"{number}.json"
-        command = [sys.executable, "-m", "pytest", "benchmarks", "--seconds=0.1", f"--benchmark-json={path}"]
-        # The kernels are compared with each other version alone; torch's loops were timed in the first run.
-        command += ["-k", "seal-fast or SpikingJelly"] if peer else []
-        command += ["--benchmark-columns=min,median,rounds", "-p", "no:cacheprovider"]
+        path = folder / f"{name}-{number}.json"
+        command = [sys.executable, "-m", "pytest", *files, "--seconds=0.1", f"--benchmark-json={path}"]
+        command += [
+            "-k",
+            of_peers if peer else chosen,
+            "--benchmark-columns=min,median,rounds",
+            "-p",
+            "no:cacheprovider",
+        ]
         python_path = os.pathsep.join(filter(None, [peer, os.environ.get("PYTHONPATH", "")]))
-        limit = LIMITS["benchmarks"] / (1 + len(others))
-        steps.append(run(f"benchmarks {peer}".strip(), command, limit, PYTHONPATH=python_path))
+        steps.append(run(f"{name} {peer}".strip(), command, limit / (1 + len(others)), PYTHONPATH=python_path))
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
             machine = machine or content["machine_info"]
@@ -88,35 +118,64 @@ def commit() -> str:
     return (head.strip() or "unknown") + ("-changed" if changed.strip() else "")
 
 
-def main() -> int:
-    """Run all steps; return the exit status."""
+def check(steps: list[str], limits: dict[str, float]) -> list[dict]:
+    """Run the tests and compute-sanitizer, as far as `steps` names them."""
+    done = []
+    if "tests" in steps:
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernels", "tests/seal_fast"]
+        # What needs no GPU is for make test: Triton's interpreter, and compiling for other GPUs.
+        command += ["-k", "triton or cupy or gpu", "--ignore-glob=*_triton.py", "--ignore-glob=*_compile.py"]
+        done.append(run("tests", command, limits["tests"]))
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if "sanitizer" in steps and Path(sanitizer).exists():
+        for tool in ("memcheck", "racecheck"):
+            command = [sanitizer, f"--tool={tool}", "--error-exitcode=1", sys.executable, str(SANITIZED)]
+            done.append(run(tool, command, limits[tool]))
+    elif "sanitizer" in steps:
+        print("\ncompute-sanitizer is not installed; memory and races were not checked")
+    return done
+
+
+def measure(steps: list[str], limits: dict[str, float]) -> tuple[list[dict], list[dict], dict]:
+    """Run the benchmarks that `steps` names: what ran, figures, and the machine."""
+    done, figures, machine = [], [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        training = "benchmarks/bench_train.py"
+        # The kernels are compared with each other version alone; torch's loops were timed in the first run.
+        kernels = ["benchmarks", f"--ignore={training}"], "", "seal-fast or SpikingJelly"
+        # torch.compile needs minutes for a training step.
+        whole = [training], "" if steps == ["training"] else "not compile", "control"
+        for name, options in {"benchmarks": kernels, "training": whole}.items():
+            if name in steps:
+                ran, timed, found = benchmark(Path(folder), name, *options, limits[name])
+                done, figures, machine = done + ran, figures + timed, machine or found
+    return done, figures, machine
+
+
+def main(arguments: list[str]) -> int:
+    """Run the named steps, or all of them; return the exit status."""
     import torch
 
+    unknown = [name for name in arguments if name not in STEPS]
+    if unknown:
+        print(f"steps are {', '.join(STEPS)}; got {unknown[0]!r}.")
+        return 2
     if not torch.cuda.is_available():
         print("make gpu needs an NVIDIA GPU that torch finds; without one, make test checks the kernels.")
         return 2
     install()
-    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    tests = [*pytest, "tests/kernels", "tests/seal_fast", "-k", "triton or cupy or gpu"]
-    # What needs no GPU is for make test: Triton's interpreter, and compiling for other GPUs.
-    tests += ["--ignore-glob=*_triton.py", "--ignore-glob=*_compile.py"]
-    steps = [run("tests", tests, LIMITS["tests"])]
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if Path(sanitizer).exists():
-        for tool in ("memcheck", "racecheck"):
-            command = [sanitizer, f"--tool={tool}", "--error-exitcode=1", sys.executable, str(SANITIZED)]
-            steps.append(run(tool, command, LIMITS[tool]))
-    else:
-        print("\ncompute-sanitizer is not installed; memory and races were not checked")
-    with tempfile.TemporaryDirectory() as folder:
-        timed, figures, machine = benchmark(Path(folder))
+    chosen = arguments or list(STEPS)
+    limits = LIMITS if len(chosen) > 1 else {name: ALONE / 2 if "check" in name else ALONE for name in LIMITS}
+    steps = check(chosen, limits)
+    timed, figures, machine = measure(chosen, limits)
     steps += timed
 
     today, gpu = datetime.date.today().isoformat(), torch.cuda.get_device_name(0)
     results = {"gpu": gpu, "date": today, "commit": commit(), "machine": machine, "steps": steps, "figures": figures}
     target = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results"))
     target.mkdir(parents=True, exist_ok=True)
-    path = target / f"{gpu.replace(' ', '-')}-{today}-{results['commit']}.json"
+    names = [gpu.replace(" ", "-"), today, results["commit"], *arguments]
+    path = target / f"{'-'.join(names)}.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"\n==> {path}")
     for step in steps:
@@ -125,4 +184,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

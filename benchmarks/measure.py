@@ -6,8 +6,11 @@ import functools
 import importlib.metadata
 import platform
 import time
+from collections.abc import Callable, Iterable, Iterator
+from unittest import mock
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 import seal_fast
 
@@ -76,3 +79,97 @@ def copy_bandwidth(bytes_read: int) -> float:
         step()
         best = min(best, time.perf_counter() - start)
     return 2 * bytes_read / best
+
+
+readings: Iterator[float] = iter(())
+
+
+def replay() -> float:
+    """A clock for pytest-benchmark that shows `readings`: what was timed before, in turn with other contestants."""
+    return next(readings)
+
+
+def race(steps: dict[str, Callable[[], object]], seconds: float, least: int) -> dict[str, list[float]]:
+    """Seconds of each call of each step, called in turn, so that a drift of the machine's speed hits all alike.
+
+    Args:
+        steps: Name -> a function that has been called before.
+        seconds: How long to go on, for each step; 500 rounds at most.
+        least: How many rounds there are at the least.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    synchronised_steps = {name: synchronised(step) for name, step in steps.items()}
+    end = time.perf_counter() + seconds * len(steps)
+    for done in range(500):
+        if done >= least and time.perf_counter() > end:
+            break
+        for name, step in synchronised_steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def kept_bytes(forward: Callable[[], torch.Tensor], apart: Iterable[torch.Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of `forward`, each storage once.
+
+    Where other hooks put something in a tensor's place inside `forward`, the tensors in that count instead.
+
+    Args:
+        forward: Computes what is differentiated.
+        apart: Tensors that do not count, such as parameters.
+    """
+    kept = []
+
+    def counted(pack):
+        def run(tensor):
+            packed = pack(tensor)
+            kept.append(packed)
+            return packed
+
+        return run
+
+    def enter(hooks):
+        hooks.pack_hook = counted(hooks.pack_hook)
+        return plain_enter(hooks)
+
+    # Of nested hooks only the innermost run: those that `forward` brings along are counted where they begin.
+    plain_enter = saved_tensors_hooks.__enter__
+    with mock.patch.object(saved_tensors_hooks, "__enter__", enter), saved_tensors_hooks(_same, _same):
+        result = forward()
+    ignored = {tensor.untyped_storage().data_ptr() for tensor in apart}
+    storages = {storage.data_ptr(): storage.nbytes() for storage in _storages(kept)}
+    del result
+    return sum(size for address, size in storages.items() if address not in ignored)
+
+
+def _same(tensor):
+    return tensor
+
+
+def _storages(content) -> Iterator[torch.UntypedStorage]:
+    """The storages of all tensors in nested containers and objects."""
+    waiting, seen = [content], set()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            yield item.untyped_storage()
+        elif id(item) not in seen:
+            seen.add(id(item))
+            if isinstance(item, dict):
+                waiting += item.values()
+            elif isinstance(item, (list, tuple)):
+                waiting += item
+            else:
+                slots = [getattr(item, name, None) for name in getattr(type(item), "__slots__", ())]
+                waiting += [*getattr(item, "__dict__", {}).values(), *slots]
+
+
+def resident_bytes(peak: bool = False) -> int | None:
+    """Memory of this process that is resident now, or was at the peak; None where the system does not tell."""
+    name = "VmHWM:" if peak else "VmRSS:"
+    try:
+        with open("/proc/self/status", encoding="utf-8") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+    except (OSError, StopIteration):
+        return None

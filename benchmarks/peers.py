@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 import published_loss
 import seal_fast
@@ -72,9 +73,17 @@ def _loop(options, x):
     return torch.stack(spikes)
 
 
-def _spikingjelly(device, options):
-    """SpikingJelly's LIFNode as installed: 2.0.0 chooses its kernel itself, 2.0.0rc1 takes a backend."""
-    if importlib.util.find_spec("spikingjelly") is None:
+def has_spikingjelly() -> bool:
+    """Whether it is installed."""
+    return importlib.util.find_spec("spikingjelly") is not None
+
+
+def _spikingjelly(device, options, float32_state=False):
+    """SpikingJelly's LIFNode as installed: 2.0.0 chooses its kernel itself, 2.0.0rc1 takes a backend.
+
+    The potential has the input's dtype unless `float32_state` asks for another, which only 2.0.0 can keep.
+    """
+    if not has_spikingjelly():
         return {}
     from spikingjelly.activation_based import functional, neuron, surrogate
 
@@ -83,16 +92,48 @@ def _spikingjelly(device, options):
     arguments = {**options, "surrogate_function": names[options["surrogate"]](), "step_mode": "m"}
     del arguments["surrogate"]
     backends = [{}]
-    if "backend" in inspect.signature(neuron.LIFNode.__init__).parameters and device.type == "cuda":
-        backends = [{"backend": "torch"}, {"backend": "cupy"}, {"backend": "triton"}]
+    if "backend" in inspect.signature(neuron.LIFNode.__init__).parameters:
+        if float32_state:
+            return {}
+        if device.type == "cuda":
+            backends = [{"backend": "torch"}, {"backend": "cupy"}, {"backend": "triton"}]
 
     def contestant(backend):
         node = neuron.LIFNode(**arguments, **backend).to(device)
 
         def run(x):
             functional.reset_net(node)
+            if float32_state:
+                node.v = torch.zeros(x.shape[1:], device=x.device)
             return node(x)
 
         return run
 
     return {" ".join(["SpikingJelly", version, *backend.values()]): contestant(backend) for backend in backends}
+
+
+class _Rows(nn.Module):
+    """Neurons as a layer: rows [T·B, ...] -> spikes [T·B, ...], in float32 inside where `float32` is True."""
+
+    def __init__(self, run, time_steps: int, float32: bool):
+        super().__init__()
+        self.run, self.time_steps, self.float32 = run, time_steps, float32
+
+    def forward(self, rows):
+        x = rows.unflatten(0, (self.time_steps, -1))
+        if self.float32:
+            with torch.autocast(rows.device.type, enabled=False):
+                return self.run(x.float()).to(rows.dtype).flatten(0, 1)
+        return self.run(x).flatten(0, 1)
+
+
+def spikingjelly_layers(device: torch.device, tau: float, time_steps: int) -> dict[str, Callable[[], nn.Module]]:
+    """Ways to run SpikingJelly's neurons on 16-bit rows [T·B, ...]: name -> a function that makes a layer of them."""
+    options = {"tau": tau, "decay_input": False, "v_threshold": 1.0, "v_reset": 0.0, "surrogate": "sigmoid"}
+    found = {}
+    for name, run in _spikingjelly(device, options).items():
+        found[name] = functools.partial(_Rows, run, time_steps, False)
+        found[f"{name} in float32"] = functools.partial(_Rows, run, time_steps, True)
+    for name, run in _spikingjelly(device, options, float32_state=True).items():
+        found[f"{name} with a float32 state"] = functools.partial(_Rows, run, time_steps, False)
+    return found

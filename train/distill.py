@@ -9,9 +9,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from seal_fast.models import student
+import torch
+
+from seal_fast.models import folded, student
 from seal_fast.train.checkpoint import load_teacher
-from seal_fast.train.options import distill_parser, kernels_of
+from seal_fast.train.engine import AMP_DTYPES
+from seal_fast.train.options import as_published, distill_parser, kernels_of
 from seal_fast.train.run import Run, command, prepare, splits_of, train
 from seal_fast.train.tasks import DistillTask, tau_of
 from seal_fast.train.teacher import stem_of
@@ -46,6 +49,9 @@ def run(args: argparse.Namespace) -> dict:
             in_channels=splits.in_channels,
             stem=stem_of(args.dataset, args.tea_arch),
         ).to(args.device)
+        if not as_published(args):
+            # In the precision of the student, cast once and not at each step.
+            teacher = folded(teacher).to(dtype=AMP_DTYPES[args.amp], memory_format=torch.channels_last)
     task = DistillTask(
         network,
         teacher,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 
 import torch
 from tqdm import tqdm
 
+from seal_fast import packed_spikes
 from seal_fast.models.snn import Neuron
 from seal_fast.train.options import UsageError
 
+AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 READ_EVERY = 10  # steps between readings of the meters: each reading waits for the device
 
 
@@ -49,8 +52,8 @@ class Meters:
 
 def autocast(device: torch.device, amp: str):
     """The autocast context of `--amp`."""
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    enabled = amp != "off"
+    return torch.autocast(device.type, dtype=AMP_DTYPES[amp] if enabled else None, enabled=enabled)
 
 
 def train_epoch(
@@ -63,6 +66,7 @@ def train_epoch(
     amp: str,
     title: str,
     epochs_left: int,
+    packed: bool = False,
 ) -> dict[str, float]:
     """Train on every batch of the loader once.
 
@@ -75,6 +79,7 @@ def train_epoch(
         amp: "off", "bf16" or "fp16".
         title: Shown before the progress bar.
         epochs_left: Epochs after this one, for the time that remains.
+        packed: Whether spikes wait for the backward pass as bits.
 
     Returns:
         Mean losses by name, accuracy, seconds, images_per_second, and data_wait, the share of the time spent waiting
@@ -96,7 +101,7 @@ def train_epoch(
         inputs, labels = next(batches)
         waited += time.perf_counter() - asked
         inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with autocast(device, amp):
+        with autocast(device, amp), packed_spikes() if packed else contextlib.nullcontext():
             outcome = task(inputs, labels)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(outcome.loss).backward()

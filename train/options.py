@@ -56,6 +56,7 @@ FREE_ON_RESUME = frozenset(
         "tea_path",
         "step_mode",
         "backend",
+        "packed_spikes",
     ]
 )
 
@@ -129,7 +130,11 @@ def distill_parser() -> argparse.ArgumentParser:
         "--backend",
         choices=("auto", *BACKENDS),
         default="auto",
-        help="kernels of the neurons, and of the loss where it has them (default: %(default)s)",
+        help="kernels of the neurons, and of the loss where it has them; with --amp off, torch computes as published, "
+        "in the published memory layout (default: %(default)s)",
+    )
+    _add_switch(
+        student, "--packed_spikes", False, "keep spikes as bits for the backward pass: less memory, equal numbers"
     )
     loss = parser.add_argument_group("distillation")
     loss.add_argument(
@@ -170,7 +175,10 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--num_workers", type=int, help="processes that load data (default: up to 8; DIGITS 0)")
     machine.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
     machine.add_argument(
-        "--amp", choices=("off", "bf16", "fp16"), default="off", help="autocast (default: %(default)s)"
+        "--amp",
+        choices=("auto", "off", "bf16", "fp16"),
+        default="auto",
+        help="autocast; auto is bf16 where the hardware multiplies it faster than float32 (default: %(default)s)",
     )
 
 
@@ -210,6 +218,8 @@ def resolve(args: argparse.Namespace, *, role: str) -> argparse.Namespace:
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_shared(args)
+    if args.amp == "auto":
+        args.amp = _default_amp(torch.device(args.device))
     if role == "student":
         _check_student(args)
     return args
@@ -272,6 +282,21 @@ def _check_student(args: argparse.Namespace) -> None:
     if not path.is_file():
         raise UsageError(f"--tea_path: there is no teacher checkpoint at {path}.")
     args.tea_path = str(path)
+
+
+def _default_amp(device: torch.device) -> str:
+    """What `--amp auto` stands for: "bf16" where the hardware multiplies it faster than float32, else "off"."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "off"
+    if device.type == "cpu":
+        checks = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+        return "bf16" if any(getattr(torch.cpu, check, bool)() for check in checks) else "off"
+    return "off"
+
+
+def as_published(args: argparse.Namespace) -> bool:
+    """Whether the run computes as the published code does, up to rounding: in torch, float32 and its default layout."""
+    return args.amp == "off" and getattr(args, "backend", None) == "torch"
 
 
 def kernels_of(args: argparse.Namespace) -> dict[str, str]:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from seal_fast import __version__, reuse_freed_memory
 from seal_fast.train import checkpoint, data, plots
 from seal_fast.train.engine import TrainingError, evaluate, train_epoch
-from seal_fast.train.options import FREE_ON_RESUME, UsageError, kernels_of, resolve
+from seal_fast.train.options import FREE_ON_RESUME, UsageError, as_published, kernels_of, resolve
 from seal_fast.train.tasks import TERMS, parameter_groups
 
 LOSSES = {"loss", "ce", *(term for terms in TERMS.values() for term in terms)}
@@ -206,9 +206,10 @@ def prepare(args: argparse.Namespace, role: str) -> argparse.Namespace:
 def optimizer_of(network: torch.nn.Module, args: argparse.Namespace, *, spiking: bool) -> torch.optim.Optimizer:
     """The optimiser that --optim, --lr and --wd describe."""
     groups = parameter_groups(network, args.wd, spiking=spiking)
-    if args.optim == "SGDM":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
-    return {"ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW}[args.optim](groups, lr=args.lr)
+    kind = {"SGDM": torch.optim.SGD, "ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW}[args.optim]
+    settings = {"momentum": 0.9} if args.optim == "SGDM" else {}
+    fused = next(network.parameters()).device.type in ("cpu", "cuda")
+    return kind(groups, lr=args.lr, fused=fused, **settings)
 
 
 def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spiking: bool) -> dict:
@@ -220,7 +221,7 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
     from torch.utils.tensorboard import SummaryWriter  # takes two seconds, which --help should not
 
     device = torch.device(args.device)
-    task.network.to(device)
+    task.network.to(device, memory_format=torch.contiguous_format if as_published(args) else torch.channels_last)
     train_loader, val_loader = loaders_of(splits, args)
     optimizer = optimizer_of(task.network, args, spiking=spiking)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.num_epoch)
@@ -247,6 +248,7 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
                 amp=args.amp,
                 title=f"epoch {epoch}/{args.num_epoch}",
                 epochs_left=args.num_epoch - epoch,
+                packed=getattr(args, "packed_spikes", False),
             )
             scheduler.step()
             result = evaluate(task, val_loader, device=device, amp=args.amp)

@@ -74,7 +74,9 @@ class DistillTask:
         else:
             with torch.no_grad():
                 reference = self.teacher(as_image(inputs))
-        loss, ce, *terms = seal_loss(logits, reference, labels, **self.options)
+        # Not in 16 bits, so that the loss's gradient is not rounded to float16 before GradScaler scales it.
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss, ce, *terms = seal_loss(exact, reference, labels, **self.options)
         weights = self.options["alpha"], self.options["beta"]
         named = zip(TERMS[self.options["objective"]], terms, weights, strict=True)
         parts = {"ce": ce, **{name: value for name, value, weight in named if weight > 0}}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..ops._arguments import require_integer
 
@@ -131,6 +134,21 @@ def teacher(arch: str, *, num_classes: int, in_channels: int = 3, stem: str | No
     elif stem is None:
         stem = "imagenet" if num_classes == IMAGENET_CLASSES else "cifar"
     return Teacher(arch, num_classes, in_channels, imagenet_stem=stem == "imagenet")
+
+
+def folded(network: Teacher) -> Teacher:
+    """A copy of a teacher in evaluation mode whose batch norms are part of the convolutions before them."""
+    network = copy.deepcopy(network)
+    for module in list(network.modules()):
+        if isinstance(module, nn.Sequential):
+            pairs = zip(range(len(module)), range(1, len(module)), strict=False)
+        else:
+            pairs = ((f"conv{i}", f"bn{i}") for i in (1, 2, 3) if hasattr(module, f"bn{i}"))
+        for convolution, bn in [(str(first), str(second)) for first, second in pairs]:
+            if isinstance(module._modules[bn], nn.BatchNorm2d):
+                fused = fuse_conv_bn_eval(module._modules[convolution], module._modules[bn])
+                module._modules[convolution], module._modules[bn] = fused, nn.Identity()
+    return network
 
 
 def initialise(network: nn.Module) -> None:
