@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..launch.cupy import ACCESS, counter, launch, shared_memory
+from ..launch.cupy import ACCESS, counter, launch, shared_memory, specialised
 from .reference import IGNORED
 
 SOURCE = Path(__file__).with_name("cuda.cu")
@@ -91,7 +91,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
         vector = 1
     blocks = min(-(-size // (vector * SCALE_THREADS)), SCALE_BLOCKS)
     if size:
-        kernel = f"scale<{NUMBERS[grad.dtype]}, {vector}>"
+        kernel = specialised("scale", NUMBERS[grad.dtype], vector)
         arguments = (grad, factor, size)
         launch(SOURCE, kernel, blocks, SCALE_THREADS, arguments, real=torch.float32, device=grad.device)
 
@@ -154,8 +154,7 @@ def _kernel(
         *(min(vector, ACCESS // size), members, T if T <= UNROLLED else 0),
         *(fits, OBJECTIVES.index(objective), gradient),
     )
-    name = f"seal_loss<{', '.join(str(argument).lower() for argument in template)}>"
-    return name, 32 * members * teams, shared + (sample if fits else 0)
+    return specialised("seal_loss", *template), 32 * members * teams, shared + (sample if fits else 0)
 
 
 def _padded(size: int) -> int:

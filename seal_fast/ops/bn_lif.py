@@ -112,7 +112,7 @@ def _check(y, bn, lif, time_steps, residual, residual_bn, static) -> int:
         raise ValueError(f"y must be [T·B, {bn.num_features}, ...], the channels of bn; got {shape(y)}.")
     bn._check_input_dim(y)
     batch = y.shape[0] if static else y.shape[0] // time_steps
-    if batch == 0 or (not static and y.shape[0] % time_steps):
+    if y.numel() == 0 or batch == 0 or (not static and y.shape[0] % time_steps):
         raise ValueError(f"y must have T·B rows with T = {time_steps} time steps; got {shape(y)}.")
     for name in ("tau", "v_threshold"):
         require_per_channel(name, getattr(lif, name), y.unsqueeze(0) if static else y.unflatten(0, (time_steps, -1)))

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from types import ModuleType, SimpleNamespace
+import importlib
+from types import ModuleType
 
 import torch
 
 from seal_fast.backends import _DEVICES
-from seal_fast.ops import lif as operator
 
 
 def carry(patch, backend: str) -> None:
     """Let `backend`, which serves the GPU alone, take CPU tensors while `patch` (pytest's MonkeyPatch) holds."""
     patch.setitem(_DEVICES, backend, "cpu")
-    load = operator._kernel
-    patch.setattr(operator, "_kernel", lambda name: carried(load(name)) if name == backend else load(name))
+    for name in ("lif", "bn_lif"):
+        operator = importlib.import_module(f"seal_fast.ops.{name}")
+        patch.setattr(operator, "_kernel", _loader(operator._kernel, backend))
 
 
-def carried(kernel: ModuleType) -> SimpleNamespace:
+def _loader(load, backend: str):
+    return lambda name: Carried(load(name)) if name == backend else load(name)
+
+
+class Carried:
     """A kernel's module whose functions take CPU tensors, and give such."""
 
-    def function(name):
+    def __init__(self, kernel: ModuleType):
+        self._kernel = kernel
+
+    def __getattr__(self, name: str):
         def run(*arguments, **options):
-            return moved(getattr(kernel, name)(*moved(arguments, "cuda"), **options), "cpu")
+            return moved(getattr(self._kernel, name)(*moved(arguments, "cuda"), **options), "cpu")
 
         return run
 
-    return SimpleNamespace(forward=function("forward"), backward=function("backward"))
 
-
-def moved(values: tuple, device: str) -> tuple:
-    """The tensors among `values` on `device`, with the strides that they have."""
+def moved(values, device: str):
+    """A tensor, or the tensors among `values`, on `device`, with the strides that they have."""
+    if isinstance(values, torch.Tensor):
+        return _moved(values, device)
     return tuple(_moved(value, device) if isinstance(value, torch.Tensor) else value for value in values)
 
 

@@ -1,0 +1,388 @@
+// Batch norm, residual and the multi-step LIF neuron in CUDA C++, in the layouts of tensors.py: rows of N numbers that
+// are [outer, C, inner], inner being the channels' stride.
+//
+// forward and backward take VECTOR neighbouring neurons through all T steps in registers, as lif/cuda.cu does, and make
+// the membrane input m there. Sums by channel are partial sums of blocks, added up by kernels of a block to a channel.
+#include "../neuron/constants.cuh"
+#include "../neuron/neuron.cuh"
+#include "../surrogate/surrogate.cuh"
+#include "channels.cuh"
+
+enum ResidualKind { NONE, PLAIN, NORMALISED };
+
+// Positions whose numbers are in flight, where there are no time steps.
+template <int VECTOR>
+constexpr int AHEAD = VECTOR > 4 ? 4 : 8;
+
+template <int RESIDUAL>
+constexpr int SCALES = RESIDUAL == NORMALISED ? 4 : 2;
+template <int RESIDUAL>
+constexpr int SUMS = RESIDUAL == NORMALISED ? 3 : 2;
+
+// In the order of tensors.py, each operation rounded.
+template <int RESIDUAL, typename Real, int SETS>
+SEAL_FN Real membrane_input(const Table<Real, SETS, SCALES<RESIDUAL>>& scales, int set, Real y, Real residual) {
+  const Real normalised = y * scales.row[0].at[set] + scales.row[1].at[set];
+  if (RESIDUAL == NONE) return normalised;
+  if (RESIDUAL == PLAIN) return normalised + residual;
+  constexpr int LAST = SCALES<RESIDUAL> - 1;
+  return normalised + (residual * scales.row[LAST - 1].at[set] + scales.row[LAST].at[set]);
+}
+
+template <typename Number, int VECTOR, int SETS, int STEPS, bool LONG, int CHARGE, bool SOFT, bool PER_CHANNEL,
+          int RESIDUAL, bool PACK>
+__global__ void __launch_bounds__(THREADS, 1) bn_lif_forward(
+    const Number* __restrict__ y,                 // [T, N], rows y_stride apart
+    const Number* __restrict__ residual,          // [T, N], or null where RESIDUAL is NONE
+    const State<Number>* __restrict__ scales,     // [SCALES, C]
+    Number* __restrict__ spikes,                  // [T, N]
+    Number* __restrict__ m,                       // rows m_stride apart; or null: not asked for
+    uint8_t* __restrict__ packed,                 // with PACK, [T, ceil(N/8)]: eight spikes to a byte
+    const State<Number>* __restrict__ constants,  // [4, constant_channels]: τ, 1/τ, 1 - 1/τ, θ; or null: those below
+    int64_t T,
+    int64_t N,
+    int64_t channels,
+    int64_t inner,
+    int64_t constant_channels,
+    int64_t y_stride,                             // 0 where one row stands for all, as the next two
+    int64_t residual_stride,
+    int64_t m_stride,
+    State<Number> tau,
+    State<Number> inverse_tau,
+    State<Number> decay,
+    State<Number> threshold,
+    State<Number> reset) {
+  typedef State<Number> Real;
+  const int64_t n = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * VECTOR;
+  const bool inside = n < N;
+  if (!PACK && !inside) return;  // threads beyond N lend a hand in packing
+  Table<Real, SETS, SCALES<RESIDUAL>> table = {};
+  Constants<Real, SETS, PER_CHANNEL> of = {{{tau, inverse_tau, decay, threshold}}};
+  if (inside) {
+    // 32 bits divide several times faster.
+    const bool few = N >> 32 == 0;
+    const int64_t channel = few ? static_cast<uint32_t>(n) / static_cast<uint32_t>(inner) %
+                                      static_cast<uint32_t>(channels)
+                                : n / inner % channels;
+    table.in_memory(scales, channels, channel);
+    if (constants) of.in_memory(constants, constant_channels, 1, PER_CHANNEL ? channel : 0);
+  }
+  Group<Real, VECTOR> v = row_or<VECTOR>(static_cast<const Real*>(nullptr), n, reset);
+
+  const int64_t steps = LONG ? T : STEPS;
+  for (int64_t first = 0; first < steps; first += STEPS) {
+    Group<Number, VECTOR> rows[STEPS] = {}, added[RESIDUAL ? STEPS : 1] = {};
+#pragma unroll
+    for (int t = 0; t < STEPS; ++t) {
+      if (!inside || (LONG && first + t >= T)) break;
+      rows[t] = read<VECTOR>(y + (first + t) * y_stride + n);
+      if (RESIDUAL) added[RESIDUAL ? t : 0] = read<VECTOR>(residual + (first + t) * residual_stride + n);
+    }
+#pragma unroll
+    for (int t = 0; t < STEPS; ++t) {
+      if (LONG && first + t >= T) break;
+      Group<Number, VECTOR> fired, input;
+      uint32_t bits = 0;
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) {
+        const int set = SETS > 1 ? i : 0;
+        const Real other = RESIDUAL ? load(added[RESIDUAL ? t : 0].at[i]) : Real(0);
+        const Real current = membrane_input<RESIDUAL>(table, set, load(rows[t].at[i]), other);
+        const Real h = charge<CHARGE>(v.at[i], current, of.tau(set), of.inverse_tau(set), of.decay(set), reset);
+        const Real spike = fire(h, of.threshold(set));
+        v.at[i] = reset_potential<SOFT>(h, spike, of.threshold(set), reset);
+        store(fired.at[i], spike);
+        store(input.at[i], current);
+        bits |= (inside && spike != 0 ? 1u : 0u) << i;
+      }
+      if (inside) write<true>(spikes + (first + t) * N + n, fired);
+      if (inside && m && (m_stride || first + t == 0)) write<true>(m + (first + t) * m_stride + n, input);
+      if (PACK) write_bits<VECTOR>(packed + (first + t) * ((N + 7) / 8), bits, n, inside);
+    }
+  }
+}
+
+template <typename Number, int VECTOR, int SETS, int STEPS, bool LONG, int CHARGE, bool SOFT, bool PER_CHANNEL,
+          int RESIDUAL, bool DETACH, int SURROGATE, bool PARAMETERS, bool GRAD_M>
+__global__ void __launch_bounds__(THREADS, 1) bn_lif_backward(
+    const Number* __restrict__ grad_spikes,        // [T, N]
+    const Number* __restrict__ grad_m,             // with GRAD_M, rows m_stride apart; or one, the first step's
+    const Number* __restrict__ y,                  // this and the next as in bn_lif_forward
+    const Number* __restrict__ residual,
+    const State<Number>* __restrict__ scales,
+    const State<Number>* __restrict__ means,       // [SUMS - 1, C]
+    Number* __restrict__ grad_steps,               // [T, N], or null: not asked for
+    Number* __restrict__ grad_total,               // [N], their sum over T, or null
+    State<Number>* __restrict__ grad_threshold,    // with PARAMETERS, [N]: the sum over T of each neuron's part
+    State<Number>* __restrict__ grad_inverse_tau,  // with PARAMETERS, [N]: the same for 1/τ
+    State<Number>* __restrict__ partials,          // [C, slices, SUMS]: of ∂L/∂m, and that times y and residual
+    State<Number>* checkpoints,                    // with LONG, [chunks - 1, N]: potentials between the chunks
+    const State<Number>* __restrict__ constants,
+    int64_t T,
+    int64_t N,
+    int64_t channels,
+    int64_t inner,
+    int64_t constant_channels,
+    int64_t y_stride,
+    int64_t residual_stride,
+    int64_t m_stride,
+    int64_t positions,                             // how often each channel occurs in a row, in steps of a thread
+    int64_t columns,
+    int64_t slices,
+    State<Number> tau,
+    State<Number> inverse_tau,
+    State<Number> decay,
+    State<Number> threshold,
+    State<Number> reset,
+    State<Number> alpha) {
+  typedef State<Number> Real;
+  constexpr bool DECAY_INPUT = CHARGE == FILTER_DIVIDE || CHARGE == FILTER_MULTIPLY;
+  constexpr int ADDED = RESIDUAL ? STEPS : 1, DIRECT = GRAD_M ? STEPS : 1;
+  Walk<VECTOR, SETS> walk(channels, inner, columns, slices);
+  Table<Real, SETS, SCALES<RESIDUAL>> table = {};
+  Table<Real, SETS, SUMS<RESIDUAL> - 1> mean = {};
+  Constants<Real, SETS, PER_CHANNEL> of = {{{tau, inverse_tau, decay, threshold}}};
+  if (walk.inside) {
+    table.in_memory(scales, channels, walk.channel);
+    mean.in_memory(means, channels, walk.channel);
+    if (constants) of.in_memory(constants, constant_channels, 1, PER_CHANNEL ? walk.channel : 0);
+  }
+  const auto charged = [&](int i, Real v, Number current, Number other) {
+    const int set = SETS > 1 ? i : 0;
+    const Real m = membrane_input<RESIDUAL>(table, set, load(current), RESIDUAL ? load(other) : Real(0));
+    return charge<CHARGE>(v, m, of.tau(set), of.inverse_tau(set), of.decay(set), reset);
+  };
+  const auto after = [&](int i, Real h) {
+    const Real level = of.threshold(SETS > 1 ? i : 0);
+    return reset_potential<SOFT>(h, fire(h, level), level, reset);
+  };
+
+  const int64_t last = LONG ? (T - 1) / STEPS : 0;  // chunk
+  Sums<Real, SUMS<RESIDUAL>> mine[SETS] = {};
+  for (; walk.inside && walk.position < positions; walk.next()) {
+    const int64_t n = walk.n;
+    Group<Real, VECTOR> v = row_or<VECTOR>(static_cast<const Real*>(nullptr), n, reset);
+    for (int64_t chunk = 0; chunk < last; ++chunk) {
+      Group<Number, VECTOR> rows[STEPS], added[ADDED] = {};
+#pragma unroll
+      for (int t = 0; t < STEPS; ++t) {
+        rows[t] = read<VECTOR>(y + (chunk * STEPS + t) * y_stride + n);
+        if (RESIDUAL) added[RESIDUAL ? t : 0] = read<VECTOR>(residual + (chunk * STEPS + t) * residual_stride + n);
+      }
+#pragma unroll
+      for (int t = 0; t < STEPS; ++t) {
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+          v.at[i] = after(i, charged(i, v.at[i], rows[t].at[i], added[RESIDUAL ? t : 0].at[i]));
+        }
+      }
+      write<true>(checkpoints + chunk * N + n, v);
+    }
+
+    Group<Real, VECTOR> c = {}, total = {}, threshold_sum = {}, inverse_tau_sum = {};  // c is ∂L/∂v_t
+    Real with_y[VECTOR] = {}, with_residual[VECTOR] = {};
+    for (int64_t chunk = last; chunk >= 0; --chunk) {
+      if (LONG && chunk < last) {
+        v = row_or<VECTOR>(chunk ? checkpoints + (chunk - 1) * N : static_cast<const Real*>(nullptr), n, reset);
+      }
+      const Group<Real, VECTOR> before = v;
+      const int64_t first = chunk * STEPS;
+      Group<Number, VECTOR> rows[STEPS], upstream[STEPS], added[ADDED] = {}, direct[DIRECT] = {};
+      Real h[STEPS][VECTOR];
+#pragma unroll
+      for (int t = 0; t < STEPS; ++t) {
+        if (LONG && first + t >= T) break;
+        rows[t] = read<VECTOR>(y + (first + t) * y_stride + n);
+        if (RESIDUAL) added[RESIDUAL ? t : 0] = read<VECTOR>(residual + (first + t) * residual_stride + n);
+        upstream[t] = read<VECTOR>(grad_spikes + (first + t) * N + n);
+        if (GRAD_M && (m_stride || first + t == 0)) {
+          direct[GRAD_M ? t : 0] = read<VECTOR>(grad_m + (first + t) * m_stride + n);
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < STEPS; ++t) {
+        if (LONG && first + t >= T) break;
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+          h[t][i] = charged(i, v.at[i], rows[t].at[i], added[RESIDUAL ? t : 0].at[i]);
+          v.at[i] = after(i, h[t][i]);
+        }
+      }
+#pragma unroll
+      for (int t = STEPS - 1; t >= 0; --t) {
+        if (LONG && first + t >= T) continue;
+        Group<Number, VECTOR> gradient;
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+          const int set = SETS > 1 ? i : 0;
+          const Real level = of.threshold(set), spike = fire(h[t][i], level), a = load(upstream[t].at[i]);
+          const Real current = load(rows[t].at[i]), other = RESIDUAL ? load(added[RESIDUAL ? t : 0].at[i]) : Real(0);
+          const Real g = surrogate_derivative<SURROGATE>(h[t][i] - level, alpha);
+          const Real slope = reset_slope<SOFT, DETACH>(h[t][i], spike, g, level, reset);
+          const Real dh = multiply_add(a, g, c.at[i] * slope);
+          if (PARAMETERS) {
+            const Real of_level = reset_threshold_slope<SOFT, DETACH>(h[t][i], spike, g, level, reset);
+            threshold_sum.at[i] += c.at[i] * of_level - a * g;
+            const Real distance = (t ? after(i, h[t ? t - 1 : 0][i]) : before.at[i]) - reset;
+            const Real m = DECAY_INPUT ? membrane_input<RESIDUAL>(table, set, current, other) : Real(0);
+            inverse_tau_sum.at[i] += dh * (m - distance);
+          }
+          c.at[i] = dh * of.decay(set);
+          Real dm = DECAY_INPUT ? dh * of.inverse_tau(set) : dh;
+          if (GRAD_M) dm += load(direct[GRAD_M ? t : 0].at[i]);
+          total.at[i] += dm;
+          with_y[i] = multiply_add(dm, current - mean.row[0].at[set], with_y[i]);
+          if (RESIDUAL == NORMALISED) {
+            with_residual[i] = multiply_add(dm, other - mean.row[SUMS<RESIDUAL> - 2].at[set], with_residual[i]);
+          }
+          store(gradient.at[i], dm);
+        }
+        if (grad_steps) write<true>(grad_steps + (first + t) * N + n, gradient);
+      }
+    }
+    Group<Number, VECTOR> sum;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+      const int set = SETS > 1 ? i : 0;
+      store(sum.at[i], total.at[i]);
+      mine[set].at[0] += total.at[i];
+      mine[set].at[1] += with_y[i];
+      if (RESIDUAL == NORMALISED) mine[set].at[SUMS<RESIDUAL> - 1] += with_residual[i];
+    }
+    if (grad_total) write<true>(grad_total + n, sum);
+    if (PARAMETERS) {
+      write<true>(grad_threshold + n, threshold_sum);
+      write<true>(grad_inverse_tau + n, inverse_tau_sum);
+    }
+  }
+  write_merged(walk, mine, channels, columns, slices, reinterpret_cast<Sums<Real, SUMS<RESIDUAL>>*>(partials));
+}
+
+template <typename Real, int SIZE>
+__global__ void __launch_bounds__(THREADS) add_slices(
+    const Real* __restrict__ partials,  // [C, slices, SIZE]
+    Real* __restrict__ sums,            // [SIZE, C]
+    int64_t channels,
+    int64_t slices) {
+  const int64_t channel = blockIdx.x;
+  const Sums<Real, SIZE>* mine = reinterpret_cast<const Sums<Real, SIZE>*>(partials) + channel * slices;
+  const Sums<double, SIZE> all = merged_slices<Sums<double, SIZE>>(mine, slices);
+  if (threadIdx.x > 0) return;
+#pragma unroll
+  for (int i = 0; i < SIZE; ++i) sums[i * channels + channel] = static_cast<Real>(all.at[i]);
+}
+
+// All numbers are taken from the channel's first one, so that a mean far from 0 costs no digits.
+template <typename Number, int VECTOR, int SETS>
+__global__ void __launch_bounds__(THREADS, 1) moments(
+    const Number* __restrict__ y,
+    State<Number>* __restrict__ partials,  // [C, slices, 3]
+    int64_t channels,
+    int64_t inner,
+    int64_t positions,
+    int64_t columns,
+    int64_t slices) {
+  typedef State<Number> Real;
+  constexpr int EACH = VECTOR / SETS;  // numbers of a channel at a position
+  Walk<VECTOR, SETS> walk(channels, inner, columns, slices);
+  Group<Number, SETS> origin = {};
+  if (walk.inside) origin = read<SETS>(y + walk.channel * inner);
+  Real count = 0;
+  Moments<Real> mine[SETS] = {};
+  while (walk.inside && walk.position < positions) {
+    Group<Number, VECTOR> rows[AHEAD<VECTOR>] = {};
+    int there = 0;  // of these
+#pragma unroll
+    for (int ahead = 0; ahead < AHEAD<VECTOR>; ++ahead) {
+      if (walk.position < positions) rows[ahead] = read<VECTOR>(y + walk.n), ++there;
+      walk.next();
+    }
+    const Real more = there * EACH, inverse = 1 / more, weight = more / (count + more);
+#pragma unroll
+    for (int set = 0; set < SETS; ++set) {
+      const Real from = load(origin.at[set]);
+      Real sum = 0, squares = 0;
+#pragma unroll
+      for (int i = 0; i < AHEAD<VECTOR> * EACH; ++i) {
+        if (i / EACH < there) sum += load(rows[i / EACH].at[set + i % EACH]) - from;
+      }
+      const Real mean = sum * inverse, distance = mean - mine[set].at[1];
+#pragma unroll
+      for (int i = 0; i < AHEAD<VECTOR> * EACH; ++i) {
+        const Real off = load(rows[i / EACH].at[set + i % EACH]) - from - mean;
+        if (i / EACH < there) squares = multiply_add(off, off, squares);
+      }
+      mine[set].at[1] += distance * weight;
+      mine[set].at[2] += squares + distance * distance * (count * weight);
+    }
+    count += more;
+  }
+#pragma unroll
+  for (int set = 0; set < SETS; ++set) mine[set].at[0] = count;
+  write_merged(walk, mine, channels, columns, slices, reinterpret_cast<Moments<Real>*>(partials));
+}
+
+template <typename Number>
+__global__ void __launch_bounds__(THREADS) mean_and_variance(
+    const Number* __restrict__ y,
+    const State<Number>* __restrict__ partials,  // [C, slices, 3]
+    State<Number>* __restrict__ mean,            // [C]
+    State<Number>* __restrict__ variance,        // [C]
+    int64_t inner,
+    int64_t slices) {
+  typedef State<Number> Real;
+  const int64_t channel = blockIdx.x;
+  const Moments<Real>* mine = reinterpret_cast<const Moments<Real>*>(partials) + channel * slices;
+  const Moments<double> all = merged_slices<Moments<double>>(mine, slices);
+  if (threadIdx.x > 0) return;
+  mean[channel] = static_cast<Real>(load(y[channel * inner]) + all.at[1]);
+  variance[channel] = static_cast<Real>(all.at[2] / all.at[0]);
+}
+
+// out = c0 grad + c1 y + c2 by channel; without WITH_Y, c0 grad. out may be grad.
+template <typename Number, int VECTOR, int SETS, bool WITH_Y>
+__global__ void __launch_bounds__(THREADS, 1) normalised_gradient(
+    const Number* grad,
+    const Number* __restrict__ y,
+    const State<Number>* __restrict__ coefficients,  // [3, C]
+    Number* out,
+    int64_t channels,
+    int64_t inner,
+    int64_t positions,
+    int64_t columns,
+    int64_t slices) {
+  typedef State<Number> Real;
+  constexpr int GROUPS = 4;
+  Walk<VECTOR, SETS> walk(channels, inner, columns, slices);
+  if (!walk.inside) return;
+  Table<Real, SETS, 3> by;
+  by.in_memory(coefficients, channels, walk.channel);
+  while (walk.position < positions) {
+    Group<Number, VECTOR> gradients[GROUPS] = {}, rows[GROUPS] = {};
+    int64_t places[GROUPS];
+    int there = 0;  // of these
+#pragma unroll
+    for (int ahead = 0; ahead < GROUPS; ++ahead) {
+      places[ahead] = walk.n;
+      if (walk.position < positions) {
+        gradients[ahead] = read<VECTOR>(grad + walk.n);
+        if (WITH_Y) rows[ahead] = read<VECTOR>(y + walk.n);
+        ++there;
+      }
+      walk.next();
+    }
+#pragma unroll
+    for (int ahead = 0; ahead < GROUPS; ++ahead) {
+      if (ahead >= there) break;
+      Group<Number, VECTOR> result;
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) {
+        const int set = SETS > 1 ? i : 0;
+        const Real scaled = by.row[0].at[set] * load(gradients[ahead].at[i]);
+        const Real shifted = by.row[1].at[set] * load(rows[ahead].at[i]) + by.row[2].at[set];
+        store(result.at[i], WITH_Y ? scaled + shifted : scaled);
+      }
+      write<true>(out + places[ahead], result);
+    }
+  }
+}

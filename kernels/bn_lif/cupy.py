@@ -1,0 +1,213 @@
+"""CUDA C++ kernels of batch norm, residual and LIF; cuda.cu says how they go through memory."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..launch.cupy import ACCESS, NUMBERS, launch, specialised, together
+from ..lif.reference import state_dtype
+from ..neuron.cupy import passed
+from ..neuron.options import Options
+from .tensors import alike, backward_outputs, channels_of, dense, forward_outputs, inputs
+
+SOURCE = Path(__file__).with_name("cuda.cu")
+THREADS = 128  # of a block, as in channels.cuh
+STEPS = 16  # whose inputs are in registers at once, at most
+HISTORY = 128  # bytes of registers for a thread's potentials before each reset, at most: beyond it, few threads run
+# Registers for a thread's neurons, at most, beyond which they spill: potentials, inputs and numbers by channel.
+HELD = {"forward": 112, "backward": 136}
+COLUMNS = 32  # threads of a block that lie side by side along the channels, at most
+BLOCKS = 2048  # of a kernel that sums by channel, about; more where a thread would go on for long
+POSITIONS = (4, 256)  # of a thread, at least and at most where there are enough: so many float32 are added one by one
+
+
+def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] of y [N, C, ...]."""
+    y = dense(y)
+    state, C = state_dtype(y.dtype), y.shape[1]
+    if y.numel() == 0:
+        nothing = torch.full((2, C), math.nan, dtype=state, device=y.device)
+        return nothing[0], nothing[1]
+    mean, variance = (torch.empty(C, dtype=state, device=y.device) for _ in range(2))
+    shape = (y.numel(), *channels_of(y))
+    tiling = _tiling(*shape, _neighbours(*shape, (y,)))
+    partials = torch.empty(C, tiling.slices, 3, dtype=state, device=y.device)
+    template = NUMBERS[y.dtype]
+    _start("moments", (template, *tiling.template), tiling.blocks, (y, partials, *tiling.sizes), y)
+    _start("mean_and_variance", (template,), C, (y, partials, mean, variance, tiling.inner, tiling.slices), y)
+    return mean, variance
+
+
+def forward(
+    y: Tensor,  # [T·B, C, ...], or [B, C, ...] where static
+    residual: Tensor | None,  # the same, static or not
+    scales: Tensor,  # [2, C], or [4, C] for a residual with a batch norm of its own
+    options: Options,
+    *,
+    time_steps: int,
+    static: bool,
+    keep_m: bool,
+    pack: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Spikes [T·B, C, ...]; if asked for, the membrane input in y's dtype and packed spikes."""
+    given = inputs(y, residual, time_steps, static=static)
+    outputs = forward_outputs(given, keep_m=keep_m, pack=pack)
+    y, residual, T, N, C = given[:5]
+    if N == 0:
+        return tuple(outputs)
+    scales, neuron = scales.contiguous(), passed(options, y.device, state_dtype(y.dtype))
+    tensors = (y, residual, scales, *outputs[:2])
+    shape = (N, C, given.channel_stride)
+    vector = _neighbours(*shape, (*tensors, neuron.constants))
+    by_channel = len(scales) + 4 * (neuron.channels > 1) if given.channel_stride == 1 else 0
+    while vector > 1 and vector * (min(T, STEPS) + by_channel) > HELD["forward"]:
+        vector //= 2
+    tiling = _tiling(*shape, vector)
+    _start(
+        "bn_lif_forward",
+        (
+            *(NUMBERS[y.dtype], *tiling.template, min(T, STEPS), T > STEPS, *neuron.charging),
+            *(_residual_kind(residual, scales), pack),
+        ),
+        -(-N // (tiling.vector * THREADS)),
+        (
+            *(*tensors, outputs.packed, neuron.constants, T, N, C, tiling.inner, neuron.channels),
+            *(given.y_stride, given.residual_stride, max(given.y_stride, given.residual_stride), *neuron.numbers),
+        ),
+        y,
+    )
+    return tuple(outputs)
+
+
+def backward(
+    grad_spikes: Tensor,  # [T·B, C, ...]
+    grad_m: Tensor | None,  # as forward's membrane input
+    y: Tensor,
+    residual: Tensor | None,
+    scales: Tensor,
+    means: Tensor,  # [1, C] or, with four scales, [2, C]
+    options: Options,
+    *,
+    time_steps: int,
+    static: bool,
+    steps: bool,
+    total: bool,
+    parameters: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the membrane input, of each step and their sum; sums by channel; and those of θ and 1/τ.
+
+    The sums [2 or 3, C] are those of the steps' gradients, and of their products with y - means[0] and, where the
+    residual has a batch norm of its own, residual - means[1]. Of θ and 1/τ it is each neuron's part [B, C, ...].
+    """
+    given = inputs(y, residual, time_steps, static=static)
+    outputs = backward_outputs(given, steps=steps, total=total, parameters=parameters)
+    y, residual, T, N, C = given[:5]
+    state, device = state_dtype(y.dtype), y.device
+    kind = _residual_kind(residual, scales)
+    sums = torch.empty(3 if kind == 2 else 2, C, dtype=state, device=device)
+    if N == 0:
+        return outputs[0], outputs[1], sums.zero_(), *outputs[2:]
+    grad_spikes, grad_m = (None if tensor is None else alike(tensor.to(y.dtype), y) for tensor in (grad_spikes, grad_m))
+    neuron = passed(options, device, state)
+    tensors = (grad_spikes, grad_m, y, residual, scales.contiguous(), means.contiguous(), *outputs)
+    shape = (N, C, given.channel_stride)
+    vector = _neighbours(*shape, (*tensors, neuron.constants))
+    chunk = min(T, STEPS if state.itemsize == 4 else STEPS // 2)
+    by_channel = 3 * len(sums) + 4 * (neuron.channels > 1) if given.channel_stride == 1 else 0
+    read = sum(tensor is not None for tensor in tensors[:4]) * chunk * y.element_size()
+    held = ((chunk + by_channel + 8 * parameters) * state.itemsize + read) // 4
+    while vector > 1 and (vector * chunk * state.itemsize > HISTORY or vector * held > HELD["backward"]):
+        vector //= 2
+    tiling = _tiling(*shape, vector)
+    chunks = -(-T // chunk)
+    checkpoints = torch.empty(chunks - 1, N, dtype=state, device=device) if chunks > 1 else None
+    partials = torch.empty(C, tiling.slices, len(sums), dtype=state, device=device)
+    inner, *rest = tiling.sizes[1:]
+    _start(
+        "bn_lif_backward",
+        (
+            *(NUMBERS[y.dtype], *tiling.template, chunk, chunks > 1, *neuron.charging, kind),
+            *(*neuron.slopes, parameters, grad_m is not None),
+        ),
+        tiling.blocks,
+        (
+            *(*tensors, partials, checkpoints, neuron.constants, T, N, C, inner, neuron.channels),
+            *(given.y_stride, given.residual_stride, max(given.y_stride, given.residual_stride), *rest),
+            *(*neuron.numbers, neuron.alpha),
+        ),
+        y,
+    )
+    template = (NUMBERS[state], len(sums))
+    _start("add_slices", template, C, (partials, sums, C, tiling.slices), y)
+    return outputs[0], outputs[1], sums, *outputs[2:]
+
+
+def normalised_gradient(grad: Tensor, y: Tensor | None, coefficients: Tensor, *, in_place: bool) -> Tensor:
+    """c0 grad + c1 y + c2 by channel, or c0 grad without y, in grad's dtype; coefficients are [3, C]."""
+    rows = dense(grad)
+    out = rows if in_place else torch.empty_like(rows)
+    if rows.numel():
+        y = None if y is None else alike(y, rows)
+        coefficients = coefficients.contiguous()
+        shape = (rows.numel(), *channels_of(rows))
+        tiling = _tiling(*shape, _neighbours(*shape, (rows, y, coefficients, out)))
+        template = (NUMBERS[rows.dtype], *tiling.template, y is not None)
+        arguments = (rows, y, coefficients, out, *tiling.sizes)
+        _start("normalised_gradient", template, tiling.blocks, arguments, rows)
+    return grad.copy_(out) if in_place and out is not grad else out
+
+
+def _start(kernel: str, template: tuple, blocks: int, arguments: tuple, like: Tensor) -> None:
+    real = state_dtype(like.dtype)
+    launch(SOURCE, specialised(kernel, *template), blocks, THREADS, arguments, real=real, device=like.device)
+
+
+def _residual_kind(residual: Tensor | None, scales: Tensor) -> int:
+    """ResidualKind in cuda.cu."""
+    return 0 if residual is None else 2 if len(scales) == 4 else 1
+
+
+def _neighbours(size: int, C: int, channel_stride: int, tensors: tuple[Tensor | None, ...]) -> int:
+    """How many neighbours of rows of `size` numbers, of a channel each or all of one, an access may move."""
+    stretch = size if C == 1 else C if channel_stride == 1 else channel_stride
+    neighbours = math.gcd(ACCESS // tensors[0].element_size(), stretch)
+    return neighbours if together(neighbours, tensors) else 1
+
+
+class _Tiling(NamedTuple):
+    """How blocks go through [outer, C, inner] numbers; channels.cuh has the rest."""
+
+    vector: int
+    C: int
+    inner: int
+    positions: int
+    columns: int
+    slices: int
+
+    @property
+    def template(self) -> tuple[int, int]:
+        return self.vector, self.vector if self.inner == 1 else 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.C, self.inner, self.positions, self.columns, self.slices
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.C // (self.template[1] * self.columns)) * self.slices
+
+
+def _tiling(size: int, C: int, channel_stride: int, vector: int) -> _Tiling:
+    """For `size` numbers."""
+    inner = size if C == 1 else channel_stride
+    positions = size // (C if inner == 1 else C * vector)
+    groups = C // vector if inner == 1 else C  # of channels that a thread takes
+    tiles = -(-groups // (COLUMNS if inner == 1 else 1))
+    columns = -(-groups // tiles)
+    least, most = (-(-positions // (THREADS // columns * each)) for each in reversed(POSITIONS))
+    return _Tiling(vector, C, inner, positions, columns, max(least, min(most, -(-BLOCKS // tiles))))

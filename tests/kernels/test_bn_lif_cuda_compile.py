@@ -1,0 +1,130 @@
+"""The CUDA kernels of batch norm, residual and LIF through NVRTC, which needs no GPU."""
+
+import re
+
+import pytest
+import torch
+
+from bn_lif_kernels import PUBLISHED, per_channel, tensors_of
+from nvrtc import ARCHITECTURES, compiled, needs_cupy
+from seal_fast.kernels.bn_lif import cupy as room
+from seal_fast.kernels.neuron.options import Options
+from seal_fast.kernels.surrogate.reference import Surrogate
+
+DTYPES = (torch.float32, torch.bfloat16)
+LAYOUTS = ("contiguous", "channels_last")
+LEARNED = Options(torch.full((64,), 1.7), True, torch.ones(64), -0.3, Surrogate(), False)
+STATISTICS = ("moments", "mean_and_variance")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What would be started: kernel -> (expression, blocks)."""
+    launches = {}
+
+    def launch(path, expression, blocks, threads, arguments, *, real, device):
+        launches.setdefault(expression.split("<")[0], []).append((expression, blocks))
+
+    monkeypatch.setattr(room, "launch", launch)
+    return launches
+
+
+def start(dtype, T, kind, layout, options=PUBLISHED, *, with_m=False, shape=(2, 64, 8, 8)):
+    y, residual, scales, static = tensors_of(shape, T, kind, dtype, layout)
+    call = {"time_steps": T, "static": static}
+    room.statistics(y)
+    spikes, m, _ = room.forward(y, residual, scales, options, **call, keep_m=True, pack=options.in_tensors)
+    means, grad_m = per_channel(shape[1], len(scales) // 2, dtype, 1), m if with_m else None
+    asked = {"steps": True, "total": True, "parameters": options.in_tensors}
+    room.backward(spikes, grad_m, y, residual, scales, means, options, **call, **asked)
+    room.normalised_gradient(spikes, spikes, per_channel(shape[1], 3, dtype, 1), in_place=True)
+
+
+def expressions(started) -> list[str]:
+    return sorted({expression for launches in started.values() for expression, _ in launches})
+
+
+def check(names: list[str], arch: str) -> None:
+    ptx, log = compiled(room.SOURCE, names, arch)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(frames) == len(names)
+    assert set(frames) == {("0", "0", "0")}
+    assert ".local" not in ptx
+    assert not re.search(r"(add|sub|mul|div|fma)\S*\.ftz", ptx)  # but for ex2.approx and rcp.approx
+
+
+@needs_cupy
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_compile_and_need_no_local_memory(arch, started):
+    for dtype in DTYPES:
+        for T in (4, 10):
+            for layout in LAYOUTS:
+                start(dtype, T, "normalised residual", layout, with_m=True)
+                start(dtype, T, "residual", layout)
+                start(dtype, T, "no residual", layout)
+    check(expressions(started), arch)
+
+
+@needs_cupy
+def test_learned_constants_and_long_sequences_need_no_local_memory(started):
+    for dtype in (*DTYPES, torch.float16, torch.float64):
+        for T, layout in ((1, "channels_last"), (4, "channels_last"), (10, "contiguous"), (16, "channels_last")):
+            start(dtype, T, "normalised residual", layout, LEARNED, with_m=True)
+        start(dtype, 33, "normalised residual", "channels_last", LEARNED, with_m=True)
+    check(expressions(started), "sm_90")
+
+
+def accesses(ptx: str) -> tuple[int, int]:
+    """How often 16 bytes at once are loaded from global memory, and stored."""
+    loads = re.findall(r"ld\.global(?:\.nc)?\.(?:v4\.[fub]32|v2\.[fub]64)", ptx)
+    return len(loads), len(re.findall(r"st\.global\.wb\.v4\.u32", ptx))
+
+
+@needs_cupy
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_16_bytes_at_once_and_nothing_fused(dtype, layout, started):
+    start(dtype, 4, "residual", layout)
+    at_least = {"bn_lif_forward": (8, 8), "bn_lif_backward": (12, 4), "moments": (4, 0), "normalised_gradient": (8, 4)}
+    for kernel, (loads, stores) in at_least.items():
+        ptx, _ = compiled(room.SOURCE, [started[kernel][0][0]], "sm_90")
+        got = accesses(ptx)
+        assert got[0] >= loads, kernel
+        assert got[1] >= stores, kernel
+        if kernel == "bn_lif_forward":
+            assert "fma.rn" not in ptx
+    started.clear()
+    start(dtype, 10, "residual", layout)
+    ptx, _ = compiled(room.SOURCE, [started["bn_lif_forward"][0][0]], "sm_90")
+    assert accesses(ptx) >= (20, 20)
+    assert "fma.rn" not in ptx
+
+
+@needs_cupy
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_registers_let_two_blocks_run_at_once(dtype, started):
+    """A multiprocessor has 65,536 registers, and gives them to a warp in steps of eight a thread."""
+    for layout in LAYOUTS:
+        for T in (4, 10):
+            start(dtype, T, "residual", layout)
+    _, log = compiled(room.SOURCE, expressions(started), "sm_90")
+    assert max(int(registers) for registers in re.findall(r"Used (\d+) registers", log)) <= 240  # 215 measured
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resolution_and_batch_size_compile_nothing_anew(layout, started):
+    for shape in ((2, 64, 8, 8), (32, 64, 16, 16), (128, 256, 8, 8)):
+        start(torch.float32, 1, "residual", layout, shape=shape)
+    assert all(len({expression for expression, _ in launches}) == 1 for launches in started.values())
+    assert {len(launches) for launches in started.values()} == {3}
+
+
+def test_blocks_are_many_and_threads_add_few_numbers_one_by_one(started):
+    """Of 64 channels with 112 x 112 numbers each, in 64 samples: no thread adds up more than 256 positions."""
+    for size, C, stride, vector in ((64 * 112 * 112 * 64, 64, 1, 8), (64 * 112 * 112 * 64, 64, 112 * 112, 4)):
+        tiling = room._tiling(size, C, stride, vector)
+        rows = room.THREADS // tiling.columns
+        assert tiling.positions * C * vector == size * (vector if stride == 1 else 1)
+        assert tiling.positions <= rows * tiling.slices * room.POSITIONS[1]
+        assert tiling.blocks >= room.BLOCKS
+    assert room._tiling(64, 64, 1, 4).blocks == 1
