@@ -71,9 +71,16 @@ def resolve(backend: str, operator: str, device: torch.device, dtype: torch.dtyp
     Raises:
         ValueError: The name is unknown, or names a backend that cannot run the call.
     """
+    setting = os.environ.get("SEAL_FAST_BACKEND"), os.environ.get("TRITON_INTERPRET")
+    find = _resolve if torch.compiler.is_compiling() else _resolve_once
+    return find(backend, operator, device, dtype, *setting, *_DEVICES.values())
+
+
+def _resolve(backend, operator, device, dtype, default, *_settings) -> str:
+    """As `resolve`, of all that its answer depends on."""
     check_name(backend)
     if backend == "auto":
-        backend = check_name(os.environ.get("SEAL_FAST_BACKEND") or "auto")
+        backend = check_name(default or "auto")
     found = {name: _availability(operator, name, device, dtype) for name in BACKENDS}
     able = [name for name, availability in found.items() if availability.available]
     if backend == "auto":
@@ -87,6 +94,9 @@ def resolve(backend: str, operator: str, device: torch.device, dtype: torch.dtyp
             f"backend {backend!r} cannot run {operator}, because {found[backend].reason}; {' or '.join(able)} can."
         )
     return backend
+
+
+_resolve_once = functools.lru_cache(_resolve)
 
 
 def shown(backend: str, operator: str) -> str:

@@ -63,7 +63,7 @@ class Loss {
   static constexpr int64_t kLanes = VectorOf<State>::kLanes;
 
   explicit Loss(const LossArguments& arguments)
-      : a(arguments), length((a.K + kLanes - 1) / kLanes * kLanes), rate(State(1 / a.temperature)) {
+      : a(arguments), length(padded(a.K)), log_k(std::log(double(a.K))), rate(State(1 / a.temperature)) {
     for (int64_t b = 0; b < a.B; ++b) valid += label_of(b) != kIgnored;
     aligned_over_time = a.weights || (a.objective == SEAL && a.T > 1);
   }
@@ -93,6 +93,7 @@ class Loss {
  private:
   const LossArguments& a;
   const int64_t length;  // of a padded row
+  const double log_k;
   const State rate;      // 1/κ
   int64_t valid = 0;     // samples that are not ignored
   bool aligned_over_time;
@@ -102,23 +103,24 @@ class Loss {
     explicit Rows(const Loss& loss)
         : length(loss.length), steps(loss.a.T),
           memory((kOnce + kEach * steps) * length * sizeof(State) / 64 + 1),
-          max(steps), sum(steps), soft_sum(steps), confidence(steps),
-          similarity(steps * steps), weights(steps * steps), top(steps) {}
+          max(steps), sum(steps), soft_sum(steps), per_norm(steps), factors(padded(steps)), confidence(steps),
+          similarity(steps * steps), weights(steps * steps), top(steps), taking_part(steps) {}
 
-    enum {
-      REPLACED, REPLACED_EXPS, TEACHER, TEACHER_EXPS, AGREED, AGREED_EXPS, TARGET, TARGET_EXPS, GRADIENT, kOnce
-    };
-    enum { LOGITS, EXPS, SOFT_EXPS, UNIT, kEach };  // exponentials of z and of z/κ
+    enum { TEACHER, TEACHER_EXPS, TARGET, TARGET_EXPS, AGREED_EXPS, REPLACED_EXPS, GRADIENT, kOnce };
+    enum { LOGITS, EXPS, SOFT_EXPS, DIRECTION, kEach };  // exponentials of z and of z/κ; what is parallel to z
 
     State* once(int row) { return memory.data()->at + row * length; }
     State* each(int row, int64_t t) { return memory.data()->at + (kOnce + row * steps + t) * length; }
 
     const int64_t length, steps;
     std::vector<Line<State>> memory;
-    std::vector<State> max, sum, soft_sum;
+    std::vector<State> max, sum, soft_sum, per_norm, factors;
     std::vector<double> confidence, similarity, weights;
     std::vector<int64_t> top;  // first index of the largest logit
+    std::vector<int64_t> taking_part;
   };
+
+  static int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
   int64_t label_of(int64_t b) const {
     if (!a.labels) return 0;
@@ -191,7 +193,6 @@ class Loss {
 
   // Confidence of each step, and the weights of the other steps in its target.
   void weigh(int64_t b, Rows& rows) const {
-    const double log_k = std::log(double(a.K));
     for (int64_t t = 0; t < a.T; ++t) {
       const State *z = rows.each(Rows::LOGITS, t), *exps = rows.each(Rows::EXPS, t);
       const State scale = 1 / rows.sum[t];
@@ -201,13 +202,14 @@ class Loss {
       });
       rows.confidence[t] = (log_k + negative_entropy) / log_k;
       if (a.confidence) static_cast<State*>(a.confidence)[t * a.B + b] = State(rows.confidence[t]);
-      normalise(z, rows.each(Rows::UNIT, t));
+      rows.per_norm[t] = direct(z, rows.each(Rows::DIRECTION, t));
     }
     for (int64_t i = 0; i < a.T; ++i) {
       for (int64_t j = 0; j < i; ++j) {
-        const State *left = rows.each(Rows::UNIT, i), *right = rows.each(Rows::UNIT, j);
-        rows.similarity[i * a.T + j] = rows.similarity[j * a.T + i] =
+        const State *left = rows.each(Rows::DIRECTION, i), *right = rows.each(Rows::DIRECTION, j);
+        const double product =
             sum_over<State>(length, [&](int64_t k) { return load_vector(left + k) * load_vector(right + k); });
+        rows.similarity[i * a.T + j] = rows.similarity[j * a.T + i] = product * rows.per_norm[i] * rows.per_norm[j];
       }
     }
     for (int64_t i = 0; i < a.T; ++i) weigh_step(i, rows);
@@ -216,25 +218,24 @@ class Loss {
     for (int64_t i = 0; i < a.T * a.T; ++i) out[i] = State(rows.weights[i]);
   }
 
-  // z / max(‖z‖, 1e-12), with zeros as padding; logits are scaled before they are squared.
-  void normalise(const State* z, State* unit) const {
-    std::memcpy(unit, z, a.K * sizeof(State));
-    std::fill(unit + a.K, unit + length, State(0));
+  // What z / max(‖z‖, 1e-12) is a multiple of, with zeros as padding; returns the factor that is missing.
+  State direct(const State* z, State* direction) const {
+    std::memcpy(direction, z, a.K * sizeof(State));
+    std::fill(direction + a.K, direction + length, State(0));
+    const State* values = direction;
+    const auto square = [&](int64_t i) { return load_vector(values + i) * load_vector(values + i); };
+    const double squares = sum_over<State>(length, square);
+    if (squares > 1e-20 && squares < 1e20) return State(1 / std::sqrt(squares));
+    // Squares of numbers so large or small lose digits: the largest becomes 1 first.
     V most = {};
     for (int64_t i = 0; i < length; i += kLanes) {
-      const V magnitude = magnitude_of(load_vector(static_cast<const State*>(unit) + i));
+      const V magnitude = magnitude_of(load_vector(values + i));
       most = magnitude > most ? magnitude : most;
     }
     const State largest = max_of_lanes<State>(most), scale = largest > 0 ? 1 / largest : State(0);
-    const double norm = std::sqrt(sum_over<State>(length, [&](int64_t i) {
-      const V value = load_vector(static_cast<const State*>(unit) + i) * scale;
-      store_vector(unit + i, value);
-      return value * value;
-    }));
-    const State factor = State(largest / std::max(norm * largest, kNormEps));
-    for (int64_t i = 0; i < length; i += kLanes) {
-      store_vector(unit + i, load_vector(static_cast<const State*>(unit) + i) * factor);
-    }
+    for (int64_t i = 0; i < length; i += kLanes) store_vector(direction + i, load_vector(values + i) * scale);
+    const double norm = std::sqrt(sum_over<State>(length, square));
+    return State(largest / std::max(norm * largest, kNormEps));
   }
 
   void weigh_step(int64_t i, Rows& rows) const {
@@ -244,9 +245,15 @@ class Loss {
       weights[j] = rows.confidence[j] * rows.similarity[i * a.T + j];
       if (j != i) most = std::max(most, weights[j]);
     }
-    for (int64_t j = 0; j < a.T; ++j) sum += weights[j] = j == i ? 0 : std::exp(weights[j] - most);
+    State* factors = rows.factors.data();
+    for (int64_t j = 0; j < a.T; ++j) factors[j] = j == i ? std::numeric_limits<State>::infinity() : State(most - weights[j]);
+    for (int64_t j = 0; j < a.T; j += kLanes) {
+      store_vector(factors + j, exp_negative(load_vector(static_cast<const State*>(factors) + j), State(1)));
+    }
+    for (int64_t j = 0; j < a.T; ++j) sum += weights[j] = factors[j];
     if (a.T > 1) {
-      for (int64_t j = 0; j < a.T; ++j) weights[j] /= sum;
+      const double scale = 1 / sum;
+      for (int64_t j = 0; j < a.T; ++j) weights[j] *= scale;
     }
   }
 
@@ -260,73 +267,79 @@ class Loss {
     S target;
     if (a.objective == TDKD) target = mean_of_correct(label, rows);
     for (int64_t t = 0; t < a.T; ++t) {
-      const State *z = rows.each(Rows::LOGITS, t), *exps = rows.each(Rows::EXPS, t);
+      State *z = rows.each(Rows::LOGITS, t), *soft = rows.each(Rows::SOFT_EXPS, t), *g = rows.once(Rows::GRADIENT);
+      const State* exps = rows.each(Rows::EXPS, t);
       const int64_t top = rows.top[t];
-      parts[0] += std::log(double(rows.sum[t])) - (z[label] - rows.max[t]);
-
-      const S student = summed(z, rows.each(Rows::SOFT_EXPS, t), rows.max[t], rows.soft_sum[t]);
-      const bool erroneous = a.objective == SEAL && top != label;
-      const S p = erroneous ? agreed(teacher, top, label, rows) : teacher;
-      const S s = erroneous ? replaced(student, top, label, rows) : student;
+      parts[0] += std::log(rows.sum[t]) - (z[label] - rows.max[t]);
       if (a.objective == SEAL && sta) target = aligned(t, rows);
-
-      State* g = rows.once(Rows::GRADIENT);
+      const S student = summed(z, soft, rows.max[t], rows.soft_sum[t]);
       const State scale = 1 / rows.sum[t], step = State(1.0 / double(valid * a.T));
       const State ela = State(a.alpha * a.temperature), beta = State(a.beta * a.temperature);
-      double ela_part, sta_part;
-      sum_both<State>(length, ela_part, sta_part, [&](int64_t i, V& ela_terms, V& sta_terms) {
-        ela_terms += divergence(p, s, i);
-        if (sta) sta_terms += divergence(target, student, i);
-        if (!a.grad) return;
-        V sum = load_vector(exps + i) * scale;
-        if (ela != 0) sum += ela * (s.probability(i) - p.probability(i));
-        if (sta && beta != 0) sum += beta * (student.probability(i) - target.probability(i));
-        store_vector(g + i, sum * step);
-      });
+      const auto temporal = [&](int64_t i, V& terms) {
+        V sum = a.grad ? load_vector(exps + i) * scale : V{};
+        if (!sta) return sum;
+        terms += divergence(target, student, i);
+        if (beta != 0) sum += beta * (student.probability(i) - target.probability(i));
+        return sum;
+      };
+      const auto of_teacher = [&](const S& p, const S& s, int64_t i, V& terms) {
+        terms += divergence(p, s, i);
+        return ela * (s.probability(i) - p.probability(i));
+      };
+      double ela_part = 0, sta_part = 0;
+      if (a.objective != SEAL || top == label) {
+        sum_both<State>(length, ela_part, sta_part, [&](int64_t i, V& ela_terms, V& sta_terms) {
+          const V sum = temporal(i, sta_terms), pull = of_teacher(teacher, student, i, ela_terms);
+          if (a.grad) store_vector(g + i, (ela != 0 ? sum + pull : sum) * step);
+        });
+        if (a.grad) g[label] -= step;
+      } else {
+        double none;
+        sum_both<State>(length, sta_part, none, [&](int64_t i, V& terms, V&) {
+          const V sum = temporal(i, terms);
+          if (a.grad) store_vector(g + i, sum);
+        });
+        // An erroneous step: the teacher's two entries agree, and the student's largest logit is the label's.
+        State *teacher_exps = rows.once(Rows::TEACHER_EXPS), *places[] = {q, teacher_exps, z, soft};
+        State kept[4][2];
+        for (int row = 0; row < 4; ++row) {
+          State &at_top = places[row][top], &at_label = places[row][label];
+          kept[row][0] = at_top, kept[row][1] = at_label;
+          if (row < 2) at_label = std::min(at_label, at_top);
+          at_top = at_label;
+        }
+        const S p = changed(teacher, rows.once(Rows::AGREED_EXPS)), s = changed(student, rows.once(Rows::REPLACED_EXPS));
+        sum_both<State>(length, ela_part, none, [&](int64_t i, V& terms, V&) {
+          const V pull = of_teacher(p, s, i, terms);
+          if (a.grad) {
+            const V sum = load_vector(static_cast<const State*>(g) + i);
+            store_vector(g + i, (ela != 0 ? sum + pull : sum) * step);
+          }
+        });
+        if (a.grad) {
+          g[label] -= step;
+          if (ela != 0) {  // the gradient of the replaced logit goes to the label's
+            const State moved = step * ela * (s.probability_of(top) - p.probability_of(top));
+            g[top] -= moved;
+            g[label] += moved;
+          }
+        }
+        for (int row = 0; row < 4; ++row) places[row][top] = kept[row][0], places[row][label] = kept[row][1];
+      }
       parts[1] += ela_part;
       parts[2] += sta_part;
-      if (!a.grad) continue;
-      g[label] -= step;
-      if (erroneous && ela != 0) {  // the gradient of the replaced logit goes to the label's
-        const State moved = step * ela * (s.probability_of(top) - p.probability_of(top));
-        g[top] -= moved;
-        g[label] += moved;
-      }
-      write_row(g, grad_row(t, b));
+      if (a.grad) write_row(g, grad_row(t, b));
     }
     const double squared = a.temperature * a.temperature;
     for (int part = 0; part < 3; ++part) a.samples[part * a.B + b] = parts[part] * (part ? squared : 1);
   }
 
-  // The teacher where both entries are the smaller one, and the student whose largest logit is the label's.
-  S agreed(const S& teacher, int64_t top, int64_t label, Rows& rows) const {
-    State *row = rows.once(Rows::AGREED), *exps = rows.once(Rows::AGREED_EXPS);
-    copy(teacher, row, exps);
-    row[top] = row[label] = std::min(row[label], row[top]);
-    exps[top] = exps[label] = std::min(exps[label], exps[top]);
-    return softmax_of_row(row, exps, teacher.max);
-  }
-
-  S replaced(const S& student, int64_t top, int64_t label, Rows& rows) const {
-    State *row = rows.once(Rows::REPLACED), *exps = rows.once(Rows::REPLACED_EXPS);
-    copy(student, row, exps);
-    row[top] = row[label];
-    exps[top] = exps[label];
-    return softmax_of_row(row, exps, student.max);
-  }
-
-  void copy(const S& from, State* row, State* exps) const {
-    std::memcpy(row, from.row, length * sizeof(State));
-    std::memcpy(exps, from.exps, length * sizeof(State));
-  }
-
-  // Exponentials relative to what is no longer the maximum serve, unless that was so far above the others that these
-  // vanished.
-  S softmax_of_row(const State* row, State* exps, State max) const {
-    const State* values = exps;
-    const State sum = State(sum_over<State>(length, [&](int64_t i) { return load_vector(values + i); }));
-    if (sum < State(1e-20)) return softmax(row, max_of_row(row, length), exps);
-    return summed(row, exps, max, sum);
+  // Of a row in which a number was replaced: exponentials relative to what is no longer the maximum serve, unless that
+  // was so far above the others that these vanished.
+  S changed(const S& before, State* exps) const {
+    const State sum = State(sum_over<State>(length, [&](int64_t i) { return load_vector(before.exps + i); }));
+    if (sum < State(1e-20)) return softmax(before.row, max_of_row(before.row, length), exps);
+    return summed(before.row, before.exps, before.max, sum);
   }
 
   S aligned(int64_t t, Rows& rows) const {
@@ -341,17 +354,24 @@ class Loss {
   // softmax of Σ_j weight(j) z_j; zeros where no step has a weight.
   template <typename Weight>
   S target(Weight weight, Rows& rows) const {
-    State* row = rows.once(Rows::TARGET);
-    std::fill(row, row + a.K, State(0));
-    std::fill(row + a.K, row + length, -std::numeric_limits<State>::infinity());
+    State *row = rows.once(Rows::TARGET), *factors = rows.factors.data();
+    int64_t count = 0;  // of steps that have a weight
     for (int64_t j = 0; j < a.T; ++j) {
-      const State factor = State(weight(j)), *z = rows.each(Rows::LOGITS, j);
-      if (factor == 0) continue;
-      for (int64_t i = 0; i < length; i += kLanes) {
-        store_vector(row + i, load_vector(static_cast<const State*>(row) + i) + factor * load_vector(z + i));
-      }
+      if (const State factor = State(weight(j)); factor != 0) factors[count] = factor, rows.taking_part[count++] = j;
     }
-    return softmax(row, max_of_row(row, length), rows.once(Rows::TARGET_EXPS));
+    const V none = V{} - std::numeric_limits<State>::infinity();
+    V most = none;
+    for (int64_t i = 0; i < length; i += kLanes) {
+      V sum = {};
+      for (int64_t j = 0; j < count; ++j) {
+        const State* z = rows.each(Rows::LOGITS, rows.taking_part[j]);
+        sum += factors[j] * load_vector(z + i);
+      }
+      store_vector(row + i, sum);
+      most = sum > most ? sum : most;
+    }
+    if (count == 0) std::fill(row + a.K, row + length, -std::numeric_limits<State>::infinity());
+    return softmax(row, max_of_lanes<State>(most), rows.once(Rows::TARGET_EXPS));
   }
 
   Number* grad_row(int64_t t, int64_t b) const { return static_cast<Number*>(a.grad) + (t * a.B + b) * a.K; }

@@ -1,0 +1,179 @@
+"""Triton kernels of the batch norm alone: mean and variance by channel, and the gradient that it passes on.
+
+A program takes the mean k of its first tile and adds up y - k and its square. Mean and sum of squared deviations of all
+programs then merge as in Chan, Golub and LeVeque 1983. What a program subtracts from its squares
+is at most about as many times what is left as it has tiles, so that few digits are lost.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch.triton import ACCESS, start
+from ..lif.reference import state_dtype
+from .tensors import alike, dense, inputs
+from .triton_tiles import enter, next_tile, size, tile_at, tiling
+
+THREADS = 128  # of a program
+AT_ONCE = 16  # numbers that a thread of _statistics reads at once
+CHANNELS, SPLITS = 32, 32  # of which a program of _merge reads what others have left, at once
+
+SIZES = ["C", "inner", "positions", "turns", "blocks"]  # see kernels/lif/triton.py
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _statistics(
+    y,  # [outer, C, inner]
+    partials,  # [splits, 3, C] in the state's dtype: k; the mean less k; the sum of squared deviations
+    C,
+    inner,
+    positions,
+    turns,
+    blocks,
+    STATE: tl.constexpr,
+    LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    C, inner = size(C, ALIGNED if LAST else 1), size(inner, 1 if LAST else ALIGNED)
+    split, c, position, offset, inside, tiles = enter(C, inner, positions, turns, blocks, LAST, ROWS, COLS)
+    AXIS: tl.constexpr = 0 if LAST else 1
+    EVERY: tl.constexpr = ROWS if LAST else COLS
+    count = tl.minimum(positions - position, size(turns, 1) * EVERY).to(STATE)
+    n, mask = tile_at(position, offset, inside, c, C, inner, positions, LAST, ROWS, COLS, ALIGNED)
+    first = tl.load(y + offset + (c if LAST else 0 * c), c < C, other=0.0).to(STATE)
+    apart = tl.where(mask, tl.load(y + n, mask, other=0.0).to(STATE) - first, 0.0)
+    k = first + tl.sum(apart, AXIS, keep_dims=True) / tl.minimum(count, EVERY)
+    sums = tl.zeros([ROWS, COLS], STATE)
+    squares = sums
+    for _ in range(tiles):
+        n, mask = tile_at(position, offset, inside, c, C, inner, positions, LAST, ROWS, COLS, ALIGNED)
+        apart = tl.where(mask, tl.load(y + n, mask, other=0.0).to(STATE) - k, 0.0)
+        sums += apart
+        squares += apart * apart
+        position, offset, inside = next_tile(position, offset, inside, C, inner, LAST, ROWS, COLS)
+    sums = tl.sum(sums, AXIS, keep_dims=True)
+    mean = sums / count
+    out = partials + split * (3 * C) + c
+    tl.store(out, k, c < C)
+    tl.store(out + C, mean, c < C)
+    tl.store(out + 2 * C, tl.sum(squares, AXIS, keep_dims=True) - sums * mean, c < C)
+
+
+@triton.jit(do_not_specialize=["C", "positions", "every", "splits"])
+def _merge(
+    partials,
+    mean,  # [C] in the state's dtype
+    variance,  # [C] likewise
+    C,
+    positions,
+    every,  # positions of a split
+    splits,
+    STATE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,  # channels of a program
+):
+    C, positions, every = size(C, 1), size(positions, 1), size(every, 1)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    origin = tl.load(partials + c, c < C, other=0.0)  # means count from here
+    whole_count = tl.zeros([1, BLOCK], STATE)
+    whole_mean = whole_count
+    whole_squares = whole_count
+    for begin in range(0, splits, SPLITS):
+        split = begin + tl.arange(0, SPLITS)[:, None]
+        count = tl.minimum(tl.maximum(positions - split * every, 0), every).to(STATE)
+        mask = (split < splits) & (c < C)
+        row = partials + split.to(tl.int64) * (3 * C) + c
+        means = (tl.load(row, mask, other=0.0) - origin) + tl.load(row + C, mask, other=0.0)
+        group_count = tl.sum(count, 0, keep_dims=True)
+        group_mean = tl.sum(count * means, 0, keep_dims=True) / group_count
+        apart = means - group_mean
+        squares = tl.load(row + 2 * C, mask, other=0.0) + count * (apart * apart)
+        # The whole so far and this group, of which neither is empty but the first whole.
+        share = group_count / (whole_count + group_count)
+        apart = group_mean - whole_mean
+        whole_squares += tl.sum(squares, 0, keep_dims=True) + apart * apart * (whole_count * share)
+        whole_mean += apart * share
+        whole_count += group_count
+    tl.store(mean + c, origin + whole_mean, c < C)
+    tl.store(variance + c, whole_squares / positions.to(STATE), c < C)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _normalised_gradient(
+    grad,  # [outer, C, inner]
+    y,  # likewise, or None
+    coefficients,  # [3, C] in the state's dtype
+    out,  # as grad; or grad itself
+    C,
+    inner,
+    positions,
+    turns,
+    blocks,
+    LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    C, inner = size(C, ALIGNED if LAST else 1), size(inner, 1 if LAST else ALIGNED)
+    _, c, position, offset, inside, tiles = enter(C, inner, positions, turns, blocks, LAST, ROWS, COLS)
+    of_grad = tl.load(coefficients + c, c < C, other=0.0)
+    of_y = tl.load(coefficients + C + c, c < C, other=0.0)
+    constant = tl.load(coefficients + 2 * C + c, c < C, other=0.0)
+    for _ in range(tiles):
+        n, mask = tile_at(position, offset, inside, c, C, inner, positions, LAST, ROWS, COLS, ALIGNED)
+        value = of_grad * tl.load(grad + n, mask, other=0.0).to(of_grad.dtype)
+        if y is not None:
+            value += of_y * tl.load(y + n, mask, other=0.0).to(of_grad.dtype) + constant
+        tl.store(out + n, value.to(out.dtype.element_ty), mask)
+        position, offset, inside = next_tile(position, offset, inside, C, inner, LAST, ROWS, COLS)
+
+
+def statistics(
+    y: Tensor,  # [N, C, ...]
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance by channel, [C] in the state's dtype."""
+    given = inputs(y, None, 1, static=True)
+    state, C = state_dtype(y.dtype), given.C
+    mean, variance = (torch.empty(C, dtype=state, device=y.device) for _ in range(2))
+    tiles = tiling(given.N, C, given.channel_stride, y.dtype, THREADS * AT_ONCE)
+    partials = torch.empty((tiles.splits, 3, C), dtype=state, device=y.device)
+    common = {
+        "device": y.device,
+        "num_warps": THREADS // 32,
+        "STATE": tl.float64 if state == torch.float64 else tl.float32,
+    }
+    start(_statistics, tiles.programs, given.y, partials, *tiles.sizes, **common, **tiles.constants)
+    numbers = C, given.N // C, tiles.positions, tiles.splits
+    start(_merge, -(-C // CHANNELS), partials, mean, variance, *numbers, **common, SPLITS=SPLITS, BLOCK=CHANNELS)
+    return mean, variance
+
+
+def normalised_gradient(
+    grad: Tensor,  # [N, C, ...]
+    y: Tensor | None,  # [N, C, ...]
+    coefficients: Tensor,  # [3, C] in the state's dtype
+    *,
+    in_place: bool,
+) -> Tensor:
+    """c0 grad + c1 y + c2, or c0 grad where y is None, in grad's dtype: in grad's own memory, or in new memory."""
+    rows = dense(grad)
+    out = rows if in_place else torch.empty_like(rows)
+    given = inputs(rows, None, 1, static=True)
+    elements = THREADS * ACCESS // grad.dtype.itemsize
+    tiles = tiling(given.N, given.C, given.channel_stride, grad.dtype, elements)
+    start(
+        _normalised_gradient,
+        tiles.programs,
+        rows,
+        None if y is None else alike(y, rows),
+        coefficients.contiguous(),
+        out,
+        *tiles.sizes,
+        device=grad.device,
+        num_warps=THREADS // 32,
+        **tiles.constants,
+    )
+    return grad.copy_(out) if in_place and out is not grad else out

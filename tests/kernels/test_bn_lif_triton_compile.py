@@ -1,0 +1,212 @@
+"""The Triton kernels of bn_lif compiled for GPUs, without one: registers, accesses to memory, and when anew.
+
+Launches take the launcher's own way, up to the start of the kernel.
+"""
+
+import os
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles nothing under TRITON_INTERPRET=1: kernels are interpreted then", allow_module_level=True)
+
+from bn_lif_kernels import LAYOUTS, PUBLISHED
+from seal_fast.kernels.bn_lif import triton as kernel
+from seal_fast.kernels.bn_lif import triton_tiles
+from seal_fast.kernels.lif.reference import state_dtype
+from triton_on_cpu import CAPABILITIES, compiling, machine_code, registers
+
+NAMES = ("statistics", "merge", "forward", "backward", "normalised gradient")
+MOST = dict(zip(NAMES, (128, 96, 160, 255, 96), strict=True))  # registers; measured 80, 72, 118, 247 and 48
+
+
+def launch(y, T=4, options=PUBLISHED, *, residual=None, norms=1, static=False, everything=False):
+    """All kernels, in the order of NAMES."""
+    state = state_dtype(y.dtype)
+    C, batch = y.shape[1], len(y) if static else len(y) // T
+    scales = torch.zeros(2 * norms, C, dtype=state)
+    kernel.statistics(y)
+    kernel.forward(y, residual, scales, options, time_steps=T, static=static, keep_m=everything, pack=everything)
+    strides = (y.stride(0), *y.stride()[1:])
+    grad = torch.empty_strided((T * batch, *y.shape[1:]), strides, dtype=y.dtype, device=y.device)
+    kernel.backward(
+        grad,
+        grad if everything else None,
+        y,
+        residual,
+        scales,
+        torch.zeros(norms, C, dtype=state),
+        options,
+        time_steps=T,
+        static=static,
+        steps=True,
+        total=everything,
+        parameters=everything,
+    )
+    kernel.normalised_gradient(y, y, torch.zeros(3, C, dtype=state), in_place=True)
+
+
+def compiled(capability, *arguments, **options):
+    with compiling(capability) as kernels:
+        launch(*arguments, **options)
+    return dict(zip(NAMES, kernels, strict=True))
+
+
+def rows(T, dtype, layout, shape=(2, 64, 8, 8)):
+    return LAYOUTS[layout](torch.zeros(T * shape[0], *shape[1:], dtype=dtype))
+
+
+def accesses(compilation):
+    """Bytes of an access to global memory -> how many of a thread's accesses move so many."""
+    found = re.findall(r"\b(?:ld|st)\.global(?:\.[a-z]\w+)*?(?:\.v(\d))?\.[bfsu](\d+)", compilation.asm["ptx"])
+    return Counter(int(count or 1) * int(bits) // 8 for count, bits in found)
+
+
+# (dtype, T, layout) -> bytes of an access in backward: 16 at most, fewer where a thread keeps more of fewer neurons
+BACKWARD_ACCESS = {
+    (torch.float32, 4, "contiguous"): 16,
+    (torch.float32, 4, "channels_last"): 16,
+    (torch.bfloat16, 4, "contiguous"): 16,
+    (torch.bfloat16, 4, "channels_last"): 16,
+    (torch.float32, 10, "contiguous"): 8,
+    (torch.float32, 10, "channels_last"): 8,
+    (torch.bfloat16, 10, "contiguous"): 8,
+    (torch.bfloat16, 10, "channels_last"): 4,
+}
+
+
+@pytest.mark.parametrize(("dtype", "T", "layout"), BACKWARD_ACCESS, ids=str)
+@pytest.mark.parametrize(
+    "capability", [pytest.param(capability, marks=marks) for capability, marks in CAPABILITIES.items()]
+)
+def test_no_register_is_spilled_and_accesses_are_wide(capability, dtype, T, layout):
+    y = rows(T, dtype, layout)
+    least = dict(zip(NAMES, (4, 0, 3 * T, 4 * T, 3), strict=True))  # wide accesses
+    for name, compilation in compiled(capability, y, T, residual=y).items():
+        count, spilled = registers(compilation)
+        assert spilled == 0, f"{name} keeps {spilled} bytes of a thread in memory"
+        assert count <= MOST[name], f"{name} takes {count} registers"
+        access = BACKWARD_ACCESS[dtype, T, layout] if name == "backward" else 16
+        assert accesses(compilation)[access] >= least[name], f"{name}: {accesses(compilation)}"
+
+
+EVERYTHING = {"tau": torch.full((64,), 1.7), "decay_input": True, "v_reset": None}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("T", "dtype", "shape"),
+    [
+        (4, torch.float32, (2, 64, 8, 8)),
+        (10, torch.bfloat16, (2, 64, 8, 8)),
+        (16, torch.float32, (2, 64, 7, 7)),  # not aligned
+        (33, torch.bfloat16, (2, 64, 8, 8)),
+        (17, torch.float32, (2, 64, 8, 8)),
+    ],
+    ids=str,
+)
+def test_no_register_is_spilled_with_everything_asked_for(T, dtype, shape, layout):
+    y = rows(T, dtype, layout, shape)
+    options = replace(PUBLISHED, **EVERYTHING)
+    for name, compilation in compiled(90, y, T, options, residual=y, norms=2, everything=True).items():
+        assert registers(compilation)[1] == 0, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norms", [1, 2])
+def test_forward_rounds_each_operation_once(norms, layout):
+    y = rows(4, torch.float32, layout)
+    forward = compiled(90, y, residual=y, norms=norms, everything=True)["forward"]
+    assert "fma" not in forward.asm["ptx"]
+    assert ".ftz" not in forward.asm["ptx"]  # subnormal numbers stay
+    assert "FMUL" in machine_code(forward)
+    assert "FFMA" not in machine_code(forward)
+
+
+def test_bfloat16_is_rounded_to_nearest():
+    """The interpreter's rounding is the tests' own, so that of the GPU is looked at here."""
+    kernels = compiled(90, rows(4, torch.bfloat16, "contiguous"))
+    for name in ("backward", "normalised gradient"):
+        assert "cvt.rn.bf16" in kernels[name].asm["ptx"]
+        assert "cvt.rz.bf16" not in kernels[name].asm["ptx"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sizes_do_not_compile_anew(layout):
+    """Neither a batch, nor a resolution, nor numbers."""
+    with compiling(90) as kernels:
+        for shape in ((2, 64, 8, 8), (1, 64, 4, 2), (3, 64, 24, 24), (70, 64, 56, 56)):
+            y = LAYOUTS[layout](torch.zeros(4 * shape[0], *shape[1:], device="meta" if shape[0] == 70 else "cpu"))
+            launch(
+                y if shape[0] < 70 else torch.empty_like(y, device="cpu"), options=replace(PUBLISHED, tau=1 + shape[0])
+            )
+    assert len(kernels) == 4 * 5
+    assert len({id(compilation) for compilation in kernels}) == 5
+
+
+def test_channels_compile_anew_only_where_they_are_innermost():
+    with compiling(90) as kernels:
+        for channels in (3, 64, 130, 1):
+            launch(torch.zeros(4, channels, 8, 8))
+    assert len({id(compilation) for compilation in kernels}) == 5
+
+
+def test_whole_chunks_more_do_not_compile_anew():
+    with compiling(90) as kernels:
+        for T in (17, 33, 81):
+            launch(torch.zeros(T, 4, 8, 8), T)
+    assert len({id(compilation) for compilation in kernels}) == 5
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*arguments, **options or {})
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["varying", "static"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_launch_only_allocates(layout, static):
+    """No copy of an input, and nothing that waits for the device; the sums of all programs are added by torch."""
+    y = LAYOUTS[layout](torch.zeros(8, 6, 40, 50))
+    residual = y[:2] if not static else LAYOUTS[layout](torch.zeros(32, 6, 40, 50))
+    scales, means = torch.zeros(4, 6), torch.zeros(2, 6)
+    grad = LAYOUTS[layout](torch.zeros(32 if static else 8, 6, 40, 50))
+    with compiling(90), Calls() as calls:
+        kernel.statistics(y)
+        kernel.forward(y, residual, scales, PUBLISHED, time_steps=4, static=static, keep_m=True, pack=True)
+        options = {"static": static, "time_steps": 4, "steps": True, "total": True, "parameters": True}
+        kernel.backward(grad, grad, y, residual, scales, means, PUBLISHED, **options)
+        kernel.normalised_gradient(y, y, torch.zeros(3, 6), in_place=True)
+    allocations = {"empty_strided", "empty_like", "empty", "zeros"}  # zeros: coefficients, of the test itself
+    assert set(calls.names) - {"select", "detach", "view", "alias"} <= allocations | {"sum"}
+    assert calls.names.count("sum") == 1
+
+
+def test_constants_in_tensors_are_not_waited_for():
+    options = replace(PUBLISHED, tau=torch.tensor([1.7, 2.0, 3.0]), v_threshold=torch.tensor(1.0))
+    with compiling(90), Calls() as calls:
+        launch(torch.zeros(8, 3, 5, 5), options=options)
+    assert "stack" in calls.names
+    assert not set(calls.names) & {"_local_scalar_dense", "nonzero", "item", "is_nonzero"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_to_the_33_numbers_are_counted_in_one_grid(layout):
+    shape = (2**31, 4, 1) if layout == "channels_last" else (1, 4, 2**31)
+    y = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    tiling = triton_tiles.tiling(y.numel(), 4, y.stride(1), y.dtype, 2048)
+    assert tiling.programs < 2**31  # the most programs on the first axis
+    assert (
+        tiling.programs * tiling.positions * tiling.constants["COLS" if tiling.constants["LAST"] else "ROWS"] >= 2**33
+    )
