@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.triton import ACCESS, argument, number, start
+from ..launch.triton import ACCESS, argument, number, size, start
 from ..lif.reference import state_dtype
 from ..neuron.options import Options
 from ..neuron.triton import constants_of
 from .tensors import Inputs, alike, backward_outputs, forward_outputs, inputs
 from .triton_statistics import SIZES, normalised_gradient, statistics
 from .triton_steps import steps_backward, steps_forward
-from .triton_tiles import enter, next_tile, size, tile_at, tiling
+from .triton_tiles import enter, next_tile, tile_at, tiling
 
 __all__ = ["backward", "forward", "normalised_gradient", "statistics"]
 

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.triton import ACCESS, start
+from ..launch.triton import ACCESS, size, start
 from ..lif.reference import state_dtype
 from .tensors import alike, dense, inputs
-from .triton_tiles import enter, next_tile, size, tile_at, tiling
+from .triton_tiles import enter, next_tile, tile_at, tiling
 
 THREADS = 128  # of a program
 AT_ONCE = 16  # numbers that a thread of _statistics reads at once

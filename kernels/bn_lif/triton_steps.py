@@ -16,6 +16,7 @@ from ..neuron.triton import (
     reset_slope,
     reset_threshold_slope,
 )
+from ..packing.triton import store_bits
 from ..surrogate.triton import derivative
 
 
@@ -28,15 +29,6 @@ def _membrane_input(y, residual, scale, shift, residual_scale, residual_shift):
             residual = residual * residual_scale + residual_shift
         m += residual
     return m
-
-
-@triton.jit
-def _store_bits(packed, spike, mask):
-    """Eight spikes to a byte; packed is [BLOCK / 8] pointers, spike and mask are [BLOCK]."""
-    fired = tl.reshape((mask & (spike > 0)).to(tl.int32), [packed.shape[0], 8])
-    inside = tl.reshape(mask.to(tl.int32), [packed.shape[0], 8])
-    byte = tl.sum(fired << tl.arange(0, 8)[None, :], 1)
-    tl.store(packed, byte.to(tl.uint8), tl.max(inside, 1) > 0)
 
 
 @triton.jit
@@ -90,7 +82,7 @@ def steps_forward(
             first_row = mask & (n + t * N < N)
             tl.store(m + t * N + n, x.to(m.dtype.element_ty), first_row if ONCE else mask)
         if packed is not None:
-            _store_bits(packed + t * tl.cdiv(N, 8) + bits, spike, mask)
+            store_bits(packed + t * tl.cdiv(N, 8) + bits, spike, mask)
         v = reset_potential(h, spike, threshold, reset, SOFT)
     return v
 

@@ -46,12 +46,6 @@ def tiling(N: int, C: int, channel_stride: int, dtype: torch.dtype, elements: in
 
 
 @triton.jit
-def size(value, ALIGNED: tl.constexpr):
-    """A size or stride, which ALIGNED divides, as int64."""
-    return tl.multiple_of(tl.cast(value, tl.int64), ALIGNED)
-
-
-@triton.jit
 def enter(C, inner, positions, turns, blocks, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Where the program's tiles begin.
 

@@ -49,6 +49,12 @@ def number(value, STATE: tl.constexpr):
 
 
 @triton.jit
+def size(value, ALIGNED: tl.constexpr):
+    """A size or stride, which ALIGNED divides, as int64."""
+    return tl.multiple_of(tl.cast(value, tl.int64), ALIGNED)
+
+
+@triton.jit
 def divide(a, b):
     """The quotient rounded to nearest, as IEEE has it; `/` is an approximation in float32."""
     if a.dtype == tl.float64:

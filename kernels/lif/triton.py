@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.triton import ACCESS, aligned, argument, number, start
+from ..launch.triton import ACCESS, aligned, argument, number, size, start
 from ..neuron.options import Options
 from ..neuron.triton import (
     charge,
@@ -33,6 +33,7 @@ from ..neuron.triton import (
     reset_slope,
     reset_threshold_slope,
 )
+from ..packing.triton import store_bits
 from ..surrogate.triton import derivative
 from .reference import state_dtype
 from .tensors import backward_tensors, forward_tensors
@@ -47,20 +48,6 @@ KEPT_LONG = 192  # where chunks follow each other, whose offsets take registers 
 # is kept from it; all that kernels need to know is ALIGNED, which has two values for each dtype.
 _NUMBERS = ["tau", "inverse_tau", "decay", "threshold", "reset"]
 _BY_VALUE = [*_NUMBERS, "N", "x_stride", "C", "channel_stride", "chunks"]
-
-
-@triton.jit
-def _size(value, ALIGNED: tl.constexpr):
-    return tl.multiple_of(tl.cast(value, tl.int64), ALIGNED)
-
-
-@triton.jit
-def _store_bits(packed, spike, mask):
-    """Eight spikes to a byte; packed is [BLOCK / 8] pointers, spike and mask are [BLOCK]."""
-    fired = tl.reshape((mask & (spike > 0)).to(tl.int32), [packed.shape[0], 8])
-    inside = tl.reshape(mask.to(tl.int32), [packed.shape[0], 8])
-    byte = tl.sum(fired << tl.arange(0, 8)[None, :], 1)
-    tl.store(packed, byte.to(tl.uint8), tl.max(inside, 1) > 0)
 
 
 @triton.jit
@@ -96,7 +83,7 @@ def _steps_forward(
         if spikes is not None:
             tl.store(spikes + t * N, spike.to(spikes.dtype.element_ty), mask)
         if packed is not None:
-            _store_bits(packed + t * tl.cdiv(N, 8), spike, mask)
+            store_bits(packed + t * tl.cdiv(N, 8), spike, mask)
         v = reset_potential(h, spike, threshold, reset, SOFT)
     return v
 
@@ -128,7 +115,7 @@ def _forward(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    N, x_stride = _size(N, ALIGNED), _size(x_stride, ALIGNED)
+    N, x_stride = size(N, ALIGNED), size(x_stride, ALIGNED)
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     n = begin + tl.arange(0, BLOCK)
     mask = n < N
@@ -243,7 +230,7 @@ def _backward(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    N, x_stride, grad_stride = _size(N, ALIGNED), _size(x_stride, ALIGNED), _size(grad_stride, ALIGNED)
+    N, x_stride, grad_stride = size(N, ALIGNED), size(x_stride, ALIGNED), size(grad_stride, ALIGNED)
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     n = begin + tl.arange(0, BLOCK)
     mask = n < N

@@ -5,6 +5,7 @@
 // Compiled once for each instruction set in ISA (setup.py).
 #include "../launch/export.h"
 #include "../launch/rows.h"
+#include "softmax.h"
 
 #include <cmath>
 #include <limits>
@@ -43,17 +44,6 @@ constexpr int64_t kGrain = 1 << 13, kFixed = 100;
 
 template <typename State>
 struct alignas(64) Line { State at[64 / sizeof(State)]; };
-
-// softmax(row / κ) and its logarithm, which is (row - max)/κ - log_sum; `exps` times `scale` is the softmax.
-template <typename State>
-struct Softmax {
-  const State *row, *exps;
-  State max, rate, scale, log_sum;
-
-  Vector<State> probability(int64_t i) const { return load_vector(exps + i) * scale; }
-  Vector<State> log_probability(int64_t i) const { return (load_vector(row + i) - max) * rate - log_sum; }
-  State probability_of(int64_t k) const { return exps[k] * scale; }
-};
 
 template <typename State, typename Number>
 class Loss {
@@ -161,13 +151,6 @@ class Loss {
 
   S summed(const State* row, const State* exps, State max, State sum) const {
     return {row, exps, max, rate, 1 / sum, std::log(sum)};
-  }
-
-  // One term of Σ p (ln p - ln q), to which a class of probability p = 0 adds nothing.
-  static SEAL_INLINE V divergence(const S& p, const S& q, int64_t i) {
-    const V none = V{} - std::numeric_limits<State>::infinity(), zero = {}, log_p = p.log_probability(i);
-    const V term = p.probability(i) * (log_p - q.log_probability(i));
-    return log_p == none ? zero : term;
   }
 
   void sample(int64_t b, Rows& rows) const {

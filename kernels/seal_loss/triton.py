@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.triton import ACCESS, aligned, start
+from ..launch.triton import ACCESS, aligned, size, start
 from . import reference
 from .triton_chunk import (
     add_similarities,
@@ -58,11 +58,6 @@ _LOG2_E = tl.constexpr(math.log2(math.e))
 # Triton would compile anew for sizes that are 1 or divisible by 16; see kernels/lif/triton.py.
 _BY_VALUE = ["alpha", "beta", "temperature", "log_k", "T", "B", "K", "label_stride"]
 _BY_VALUE += ["stride_t", "stride_b", "stride_k", "teacher_stride_b", "teacher_stride_k"]
-
-
-@triton.jit
-def _size(value, ALIGNED: tl.constexpr):
-    return tl.multiple_of(tl.cast(value, tl.int64), ALIGNED)
 
 
 @triton.jit(do_not_specialize=_BY_VALUE)
@@ -101,9 +96,9 @@ def _seal_loss(
     ALIGNS: tl.constexpr = not LOSS or (OBJECTIVE == "seal" and T_PAD > 1)
     TARGET: tl.constexpr = LOSS and (ALIGNS or OBJECTIVE == "tdkd")
     K = K // ALIGNED * ALIGNED  # multiple_of says nothing of an argument itself
-    stride_t, stride_b = _size(stride_t, ALIGNED), _size(stride_b, ALIGNED)
-    stride_k = 1 if ROWS else _size(stride_k, 1)
-    q_stride = 1 if ROWS else _size(teacher_stride_k, 1)
+    stride_t, stride_b = size(stride_t, ALIGNED), size(stride_b, ALIGNED)
+    stride_k = 1 if ROWS else size(stride_k, 1)
+    q_stride = 1 if ROWS else size(teacher_stride_k, 1)
     t, offset = tl.arange(0, T_PAD), tl.arange(0, BLOCK)
     end = BLOCK if RESIDENT else K  # of the sweeps: a loop of one constant turn is none
     soften = _LOG2_E / temperature  # exp(x/κ) = 2^(x · soften)
@@ -117,7 +112,7 @@ def _seal_loss(
         z_b = logits + b * stride_b
         tile = load_chunk(None, z_b, t, offset, T, K, stride_t, stride_k) if RESIDENT else None
         if LOSS:
-            q_b = teacher_logits + b * _size(teacher_stride_b, ALIGNED)
+            q_b = teacher_logits + b * size(teacher_stride_b, ALIGNED)
             label = tl.load(labels + b * label_stride).to(tl.int32)
             # A label out of range is no address: it makes the loss NaN.
             in_range = (label >= 0) & (label < K)
@@ -257,7 +252,7 @@ def _seal_loss(
 
 @triton.jit(do_not_specialize=["N"])
 def _scale(values, factor, N, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    N = _size(N, ALIGNED)
+    N = size(N, ALIGNED)
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
         n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

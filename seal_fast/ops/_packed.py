@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import NamedTuple
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..kernels.launch import cpu
+from ..backends import resolve
 from ..kernels.packing import reference
+from ._dispatch import kernel_module
 
 
 class packed_spikes(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801
@@ -91,12 +93,15 @@ def keep(spikes: Tensor, packed: Tensor) -> None:
     _here.context._add(spikes, packed)
 
 
+_kernel = functools.partial(kernel_module, "packing")
+
+
 def _unpack(saved: Tensor | _Saved) -> Tensor:
     if not isinstance(saved, _Saved):
         return saved
-    native = saved.packed.device.type == "cpu" and not cpu.missing()
-    if native:
-        from ..kernels.packing.cpu import unpack
-    else:
-        unpack = reference.unpack
+    try:
+        backend = resolve("auto", "lif", saved.packed.device, saved.dtype)
+    except ValueError:  # SEAL_FAST_BACKEND cannot run here, and the neuron had a backend of its own
+        backend = "torch"
+    unpack = reference.unpack if backend == "torch" else _kernel(backend).unpack
     return unpack(saved.packed, saved.N, saved.dtype).as_strided(saved.shape, saved.stride, saved.offset)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench_train
 import floors
 import measure
-from training import CASES, CONTESTANTS, FLOORS, Problem, prepare_teacher
+from training import CASES, CONTESTANTS, FLOORS, Problem
 
 CPU = torch.device("cpu")
 
@@ -38,18 +38,6 @@ def test_recorded_layers():
     expected = [(0, (5, 3, 4, 4), True, False), (2, (5, 16), True, True)]
     expected += [(index, shape, False, False) for index, shape, *_ in expected]
     assert layers == [(network[index], shape, *flags) for index, shape, *flags in expected]
-
-
-@pytest.mark.parametrize("arch", ["resnet18", "resnet19", "resnet34", "resnet50"])
-def test_prepared_teacher_computes_the_same_without_batch_norm(arch):
-    torch.manual_seed(0)
-    teacher = bench_train.seal_fast.models.teacher(arch, num_classes=10).double()
-    images = torch.randn(4, 3, 16, 16).double()
-    teacher(images)
-    prepared = prepare_teacher(teacher.eval(), torch.float64)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in prepared.modules())
-    expected = teacher(images)
-    assert (prepared(images) - expected).abs().max() < 1e-9 * expected.abs().max()
 
 
 def test_kept_bytes_counts_each_storage_once_and_what_hooks_put_in_its_place():

@@ -150,3 +150,24 @@ def test_every_parameter_of_a_student_learns_from_the_loss():
     parts.loss.backward()
     silent = [name for name, parameter in network.named_parameters() if not parameter.grad.abs().max() > 0]
     assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem"),
+    [
+        ("resnet8", "cifar"),
+        ("resnet18", "imagenet"),
+        ("resnet19", None),
+        ("resnet34", "cifar"),
+        ("resnet50", "imagenet"),
+    ],
+)
+def test_a_folded_teacher_computes_the_same_without_batch_norm(arch, stem):
+    torch.manual_seed(0)
+    teacher = seal_fast.models.teacher(arch, num_classes=10, stem=stem).double()
+    images = torch.randn(4, 3, 32, 32).double()
+    teacher(images)
+    folded = seal_fast.models.folded(teacher.eval())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    expected = teacher(images)
+    assert (folded(images) - expected).abs().max() < 1e-9 * expected.abs().max()  # measured 1e-14
