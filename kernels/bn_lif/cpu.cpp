@@ -5,6 +5,7 @@
 #include "../launch/export.h"
 #include "../launch/pages.h"
 #include "../launch/parallel.h"
+#include "../launch/types.h"
 #include "../neuron/blocks.h"
 
 #if defined(_OPENMP)
@@ -222,7 +223,7 @@ class BnLif {
 
 // Σ (y - pivot) and Σ (y - pivot)² of each channel. Blocks whose numbers have the same channels are added up first.
 template <typename State, typename Number>
-void statistics(const NormArguments& a) {
+void statistics(Types<State, Number>, const NormArguments& a) {
   struct Work {
     explicit Work(int64_t) {}
     ByChannel<State, 1> pivots;
@@ -259,7 +260,7 @@ void statistics(const NormArguments& a) {
 
 // c0 grad + c1 y + c2, or c0 grad where there is no y.
 template <typename State, typename Number>
-void normalised_gradient(const NormArguments& a) {
+void normalised_gradient(Types<State, Number>, const NormArguments& a) {
   struct Work {
     explicit Work(int64_t) {}
     ByChannel<State, 3> coefficients;
@@ -292,49 +293,29 @@ void normalised_gradient(const NormArguments& a) {
   each_block_of<Work>(a.total, 1, a.threads, [](Work&) {}, action, [](Work&) {});
 }
 
-template <typename State, typename Number, typename Action>
-void with_constants(const BnLifArguments& arguments, Action action) {
-  arguments.neuron.channels > 1 ? action(BnLif<State, Number, true>(arguments))
-                                : action(BnLif<State, Number, false>(arguments));
-}
-
 template <typename Action>
-int with_types(const BnLifArguments& arguments, Action action) {
-  switch (arguments.dtype) {
-    case 0: with_constants<float, float>(arguments, action); return 0;
-    case 1: with_constants<float, bfloat16>(arguments, action); return 0;
-    case 2: with_constants<float, float16>(arguments, action); return 0;
-    case 3: with_constants<double, double>(arguments, action); return 0;
-    default: return 1;
-  }
+int with_kind(const BnLifArguments& a, Action action) {
+  return with_types(a.dtype, [&](auto types) {
+    typedef typename decltype(types)::State State;
+    typedef typename decltype(types)::Number Number;
+    a.neuron.channels > 1 ? action(BnLif<State, Number, true>(a)) : action(BnLif<State, Number, false>(a));
+  });
 }
 
 }  // namespace
 
 SEAL_EXPORT(seal_bn_lif_forward)(const BnLifArguments* arguments) {
-  return with_types(*arguments, [](const auto& layer) { layer.forward(); });
+  return with_kind(*arguments, [](const auto& layer) { layer.forward(); });
 }
 
 SEAL_EXPORT(seal_bn_lif_backward)(const BnLifArguments* arguments) {
-  return with_types(*arguments, [](const auto& layer) { layer.backward(); });
+  return with_kind(*arguments, [](const auto& layer) { layer.backward(); });
 }
 
-SEAL_EXPORT(seal_bn_statistics)(const NormArguments* a) {
-  switch (a->dtype) {
-    case 0: statistics<float, float>(*a); return 0;
-    case 1: statistics<float, bfloat16>(*a); return 0;
-    case 2: statistics<float, float16>(*a); return 0;
-    case 3: statistics<double, double>(*a); return 0;
-    default: return 1;
-  }
+SEAL_EXPORT(seal_bn_statistics)(const NormArguments* arguments) {
+  return with_types(arguments->dtype, [&](auto types) { statistics(types, *arguments); });
 }
 
-SEAL_EXPORT(seal_bn_normalised_gradient)(const NormArguments* a) {
-  switch (a->dtype) {
-    case 0: normalised_gradient<float, float>(*a); return 0;
-    case 1: normalised_gradient<float, bfloat16>(*a); return 0;
-    case 2: normalised_gradient<float, float16>(*a); return 0;
-    case 3: normalised_gradient<double, double>(*a); return 0;
-    default: return 1;
-  }
+SEAL_EXPORT(seal_bn_normalised_gradient)(const NormArguments* arguments) {
+  return with_types(arguments->dtype, [&](auto types) { normalised_gradient(types, *arguments); });
 }

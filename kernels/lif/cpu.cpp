@@ -6,6 +6,7 @@
 #include "../launch/export.h"
 #include "../launch/pages.h"
 #include "../launch/parallel.h"
+#include "../launch/types.h"
 #include "../neuron/blocks.h"
 
 // As in cpu.py. Null pointers stand for what is absent or not asked for.
@@ -111,28 +112,21 @@ class Lif {
   }
 };
 
-template <typename State, typename Number, typename Action>
-void with_constants(const LifArguments& arguments, Action action) {
-  arguments.neuron.channels > 1 ? action(Lif<State, Number, true>(arguments)) : action(Lif<State, Number, false>(arguments));
-}
-
 template <typename Action>
-int with_types(const LifArguments& arguments, Action action) {
-  switch (arguments.dtype) {
-    case 0: with_constants<float, float>(arguments, action); return 0;
-    case 1: with_constants<float, bfloat16>(arguments, action); return 0;
-    case 2: with_constants<float, float16>(arguments, action); return 0;
-    case 3: with_constants<double, double>(arguments, action); return 0;
-    default: return 1;
-  }
+int with_kind(const LifArguments& a, Action action) {
+  return with_types(a.dtype, [&](auto types) {
+    typedef typename decltype(types)::State State;
+    typedef typename decltype(types)::Number Number;
+    a.neuron.channels > 1 ? action(Lif<State, Number, true>(a)) : action(Lif<State, Number, false>(a));
+  });
 }
 
 }  // namespace
 
 SEAL_EXPORT(seal_lif_forward)(const LifArguments* arguments) {
-  return with_types(*arguments, [](const auto& lif) { lif.forward(); });
+  return with_kind(*arguments, [](const auto& lif) { lif.forward(); });
 }
 
 SEAL_EXPORT(seal_lif_backward)(const LifArguments* arguments) {
-  return with_types(*arguments, [](const auto& lif) { lif.backward(); });
+  return with_kind(*arguments, [](const auto& lif) { lif.backward(); });
 }

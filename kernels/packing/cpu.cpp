@@ -1,6 +1,7 @@
 // Packed spikes back to numbers, on the CPU. Compiled once for each instruction set in ISA (setup.py).
 #include "../launch/export.h"
 #include "../launch/pages.h"
+#include "../launch/types.h"
 #include "../launch/vector.h"
 
 // As in cpu.py.
@@ -16,8 +17,10 @@ namespace {
 template <typename Number>
 struct Eight { Number at[8]; };
 
-template <typename Number>
-void unpack(const UnpackArguments& a, Number one) {
+template <typename State, typename Number>
+void unpack(Types<State, Number>, const UnpackArguments& a) {
+  Number one;
+  store(one, State(1));
   Eight<Number> of_byte[256];
   for (int byte = 0; byte < 256; ++byte) {
     for (int bit = 0; bit < 8; ++bit) of_byte[byte].at[bit] = byte >> bit & 1 ? one : Number{};
@@ -26,7 +29,7 @@ void unpack(const UnpackArguments& a, Number one) {
   const int64_t bytes = (a.N + 7) / 8, pieces = (bytes + kBytes - 1) / kBytes;
   Number* spikes = static_cast<Number*>(a.spikes);
   prefer_large_pages(spikes, a.T * a.N * int64_t(sizeof(Number)));
-#pragma omp parallel for schedule(static) num_threads(a.T* pieces > 1 ? a.threads : 1)
+#pragma omp parallel for schedule(static) num_threads(a.T * pieces > 1 ? a.threads : 1)
   for (int64_t piece = 0; piece < a.T * pieces; ++piece) {
     const int64_t t = piece / pieces, first = piece % pieces * kBytes, last = std::min(bytes, first + kBytes);
     const uint8_t* from = a.packed + t * bytes;
@@ -44,12 +47,6 @@ void unpack(const UnpackArguments& a, Number one) {
 
 }  // namespace
 
-SEAL_EXPORT(seal_unpack)(const UnpackArguments* a) {
-  switch (a->dtype) {
-    case 0: unpack<float>(*a, 1.0f); return 0;
-    case 1: unpack<bfloat16>(*a, bfloat16{0x3f80}); return 0;
-    case 2: unpack<float16>(*a, float16{0x3c00}); return 0;
-    case 3: unpack<double>(*a, 1.0); return 0;
-    default: return 1;
-  }
+SEAL_EXPORT(seal_unpack)(const UnpackArguments* arguments) {
+  return with_types(arguments->dtype, [&](auto types) { unpack(types, *arguments); });
 }

@@ -5,6 +5,7 @@
 // Compiled once for each instruction set in ISA (setup.py).
 #include "../launch/export.h"
 #include "../launch/rows.h"
+#include "../launch/types.h"
 #include "softmax.h"
 
 #include <cmath>
@@ -367,32 +368,21 @@ class Loss {
 };
 
 template <typename State, typename Number>
-int scale(const ScaleArguments& a) {
+void scale(Types<State, Number>, const ScaleArguments& a) {
   const State factor = *static_cast<const State*>(a.factor);
-  if (factor == 1) return 0;
+  if (factor == 1) return;
   Number* values = static_cast<Number*>(a.values);
   for (int64_t i = 0; i < a.count; ++i) store(values[i], State(load(values[i])) * factor);
-  return 0;
 }
 
 }  // namespace
 
 SEAL_EXPORT(seal_scale)(const ScaleArguments* arguments) {
-  switch (arguments->dtype) {
-    case 0: return scale<float, float>(*arguments);
-    case 1: return scale<float, bfloat16>(*arguments);
-    case 2: return scale<float, float16>(*arguments);
-    case 3: return scale<double, double>(*arguments);
-    default: return 1;
-  }
+  return with_types(arguments->dtype, [&](auto types) { scale(types, *arguments); });
 }
 
 SEAL_EXPORT(seal_loss)(const LossArguments* arguments) {
-  switch (arguments->dtype) {
-    case 0: Loss<float, float>(*arguments).run(); return 0;
-    case 1: Loss<float, bfloat16>(*arguments).run(); return 0;
-    case 2: Loss<float, float16>(*arguments).run(); return 0;
-    case 3: Loss<double, double>(*arguments).run(); return 0;
-    default: return 1;
-  }
+  return with_types(arguments->dtype, [&](auto types) {
+    Loss<typename decltype(types)::State, typename decltype(types)::Number>(*arguments).run();
+  });
 }
