@@ -19,7 +19,6 @@ struct LossArguments {
   void* parts;                     // [4] in the state's type: loss, CE, ELA, STA
   void* grad;                      // [T, B, K] dense in the logits' type
   void *weights, *confidence;      // [B, T, T], [T, B] in the state's type
-  double* samples;                 // [3, B]: room for each sample's CE, ELA and STA
   int64_t T, B, K, stride_t, stride_b;
   double alpha, beta, temperature;
   int32_t dtype, objective, wide_labels, threads;
@@ -56,10 +55,11 @@ class Loss {
   explicit Loss(const LossArguments& arguments)
       : a(arguments), length(padded(a.K)), log_k(std::log(double(a.K))), rate(State(1 / a.temperature)) {
     for (int64_t b = 0; b < a.B; ++b) valid += label_of(b) != kIgnored;
+    samples.resize(a.parts ? 3 * a.B : 0);
     aligned_over_time = a.weights || (a.objective == SEAL && a.T > 1);
   }
 
-  void run() const {
+  void run() {
     const int64_t enough = a.T * a.B * (a.K + kFixed) / kGrain;
     const int threads = int(std::clamp<int64_t>(enough, 1, std::min<int64_t>(a.threads, a.B)));
 #pragma omp parallel num_threads(threads)
@@ -71,7 +71,7 @@ class Loss {
     if (!a.parts) return;
     double sums[3] = {};
     for (int part = 0; part < 3; ++part) {
-      for (int64_t b = 0; b < a.B; ++b) sums[part] += a.samples[part * a.B + b];
+      for (int64_t b = 0; b < a.B; ++b) sums[part] += samples[part * a.B + b];
       sums[part] /= double(valid * a.T);
     }
     double loss = sums[0];
@@ -88,6 +88,7 @@ class Loss {
   const State rate;      // 1/κ
   int64_t valid = 0;     // samples that are not ignored
   bool aligned_over_time;
+  std::vector<double> samples;  // [3, B]: each sample's CE, ELA and STA
 
   // What a thread keeps of a sample.
   struct Rows {
@@ -154,11 +155,11 @@ class Loss {
     return {row, exps, max, rate, 1 / sum, std::log(sum)};
   }
 
-  void sample(int64_t b, Rows& rows) const {
+  void sample(int64_t b, Rows& rows) {
     const int64_t label = label_of(b);
     const bool ignored = a.parts && label == kIgnored;
     if (ignored) {
-      for (int part = 0; part < 3; ++part) a.samples[part * a.B + b] = 0;
+      for (int part = 0; part < 3; ++part) samples[part * a.B + b] = 0;
       if (a.grad) {
         for (int64_t t = 0; t < a.T; ++t) std::memset(grad_row(t, b), 0, a.K * sizeof(Number));
       }
@@ -242,7 +243,7 @@ class Loss {
   }
 
   // The parts of a sample's loss, and its gradient.
-  void compare(int64_t b, int64_t label, Rows& rows) const {
+  void compare(int64_t b, int64_t label, Rows& rows) {
     double parts[3] = {};
     State* q = rows.once(Rows::TEACHER);
     read_row(static_cast<const State*>(a.teacher) + b * a.K, q);
@@ -315,7 +316,7 @@ class Loss {
       if (a.grad) write_row(g, grad_row(t, b));
     }
     const double squared = a.temperature * a.temperature;
-    for (int part = 0; part < 3; ++part) a.samples[part * a.B + b] = parts[part] * (part ? squared : 1);
+    for (int part = 0; part < 3; ++part) samples[part * a.B + b] = parts[part] * (part ? squared : 1);
   }
 
   // Of a row in which a number was replaced: exponentials relative to what is no longer the maximum serve, unless that

@@ -19,7 +19,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("logits", "teacher", "labels", "parts", "grad", "weights", "confidence", "samples")
+            for name in ("logits", "teacher", "labels", "parts", "grad", "weights", "confidence")
         ),
         *((name, ctypes.c_int64) for name in ("T", "B", "K", "stride_t", "stride_b")),
         *((name, ctypes.c_double) for name in ("alpha", "beta", "temperature")),
@@ -52,6 +52,7 @@ def forward(
     dtype = state_dtype(logits.dtype)
     parts = torch.empty(4, dtype=dtype)
     grad = torch.empty(logits.shape, dtype=logits.dtype) if gradient else None
+    teacher_logits, labels = teacher_logits.to(dtype).contiguous(), labels.contiguous()
     _launch(
         logits,
         alpha=alpha,
@@ -59,11 +60,10 @@ def forward(
         temperature=temperature,
         objective=OBJECTIVES.index(objective),
         wide_labels=labels.dtype == torch.int64,
-        teacher=teacher_logits.to(dtype).contiguous(),
-        labels=labels.contiguous(),
-        parts=parts,
-        grad=grad,
-        samples=torch.empty(3, logits.shape[1], dtype=torch.float64),
+        teacher=teacher_logits.data_ptr(),
+        labels=labels.data_ptr(),
+        parts=parts.data_ptr(),
+        grad=None if grad is None else grad.data_ptr(),
     )
     return parts, grad
 
@@ -80,26 +80,16 @@ def weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     T, B, _ = logits.shape
     dtype = state_dtype(logits.dtype)
     outputs = torch.empty(B, T, T, dtype=dtype), torch.empty(T, B, dtype=dtype)
-    _launch(logits, temperature=1.0, weights=outputs[0], confidence=outputs[1])
+    pointers = {"weights": outputs[0].data_ptr(), "confidence": outputs[1].data_ptr()}
+    _launch(logits, temperature=1.0, **pointers)
     return outputs
 
 
-def _launch(logits: Tensor, **values: Tensor | float | None) -> None:
+def _launch(logits: Tensor, **values: float | None) -> None:
+    """Start the kernel with these of its arguments, tensors as pointers."""
     if logits.stride(2) != 1:
         logits = logits.contiguous()
-    T, B, K = logits.shape
-    pointers = {name: value.data_ptr() for name, value in values.items() if isinstance(value, Tensor)}
-    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    arguments = _Arguments(
-        logits=logits.data_ptr(),
-        T=T,
-        B=B,
-        K=K,
-        stride_t=logits.stride(0),
-        stride_b=logits.stride(1),
-        dtype=DTYPES[logits.dtype],
-        threads=torch.get_num_threads(),
-        **pointers,
-        **numbers,
-    )
-    run("seal_loss", arguments)
+    (T, B, K), (stride_t, stride_b, _) = logits.shape, logits.stride()
+    pointer, dtype, threads = logits.data_ptr(), DTYPES[logits.dtype], torch.get_num_threads()
+    strides = {"stride_t": stride_t, "stride_b": stride_b}
+    run("seal_loss", _Arguments(logits=pointer, T=T, B=B, K=K, dtype=dtype, threads=threads, **strides, **values))

@@ -38,13 +38,14 @@ def require_device(name: str, value: torch.Tensor, like_name: str, like: torch.T
 
 def require_number(name: str, value: object, *, above: float | None = None, at_least: float | None = None) -> float:
     """A finite real number, within its bound."""
+    is_number = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
+    inside = is_number and (above is None or value > above) and (at_least is None or value >= at_least)
+    if inside and math.isfinite(value):
+        return float(value)
     bound = f" above {above:g}" if above is not None else f" of at least {at_least:g}" if at_least is not None else ""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number:
         raise TypeError(f"{name} must be a number{bound}; got {type(value).__name__}.")
-    inside = (above is None or value > above) and (at_least is None or value >= at_least)
-    if not (math.isfinite(value) and inside):
-        raise ValueError(f"{name} must be a finite number{bound}; got {value!r}.")
-    return float(value)
+    raise ValueError(f"{name} must be a finite number{bound}; got {value!r}.")
 
 
 def require_integer(name: str, value: object, at_least: int) -> int:

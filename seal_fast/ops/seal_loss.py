@@ -84,8 +84,7 @@ def seal_loss(
     gradient = torch.is_grad_enabled() and logits.requires_grad
     run = _Eager.apply if is_eager(logits, teacher_logits, labels) else _loss
     numbers = float(alpha), float(beta), float(temperature)
-    loss, parts, _ = run(logits, teacher_logits, labels, *numbers, objective, chosen, gradient)
-    return LossParts(loss, *parts.unbind(0))
+    return LossParts(*run(logits, teacher_logits, labels, *numbers, objective, chosen, gradient)[:4])
 
 
 def selective_alignment_weights(logits: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,16 +153,16 @@ def _run(logits, teacher_logits, labels, alpha, beta, temperature, objective, ba
         objective=objective,
         gradient=gradient,
     )
-    return parts[0], parts[1:], logits.new_empty(0) if grad is None else grad
+    return *parts.unbind(0), logits.new_empty(0) if grad is None else grad
 
 
 def _run_apart(*arguments):
-    loss, parts, grad = _run(*arguments)
-    return loss, parts.clone(), grad  # outputs of a registered operator share no memory
+    *parts, grad = _run(*arguments)
+    return *(part.clone() for part in parts), grad  # outputs of a registered operator share no memory
 
 
 _loss = torch.library.custom_op(
-    "seal_fast::seal_loss", _run_apart, mutates_args=(), schema=f"{_SCHEMA} -> (Tensor, Tensor, Tensor)"
+    "seal_fast::seal_loss", _run_apart, mutates_args=(), schema=f"{_SCHEMA} -> ({', '.join(['Tensor'] * 5)})"
 )
 
 
@@ -171,7 +170,7 @@ _loss = torch.library.custom_op(
 def _(logits, teacher_logits, labels, alpha, beta, temperature, objective, backend, gradient):
     dtype = state_dtype(logits.dtype)
     grad = torch.empty(logits.shape if gradient else 0, dtype=logits.dtype, device=logits.device)
-    return logits.new_empty((), dtype=dtype), logits.new_empty(3, dtype=dtype), grad
+    return *(logits.new_empty((), dtype=dtype) for _ in range(4)), grad
 
 
 @torch.library.custom_op(
@@ -191,7 +190,7 @@ def _(logits, backend):
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], output[2])
+    ctx.save_for_backward(*inputs[:3], output[4])
     ctx.arguments = inputs[3:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
