@@ -23,6 +23,26 @@ def lif(backend: str) -> None:
                 assert packed.shape[0] == shape[0]
 
 
+def layer(backend: str) -> None:
+    """A layer with batch norm and residual, and spikes as bits: each dtype, both memory layouts, static and not."""
+    node = seal_fast.nn.LIFNode(backend=backend)
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for T, B, shape in ((4, 3, (24, 7, 7)), (1, 2, (3, 5, 5)), (33, 1, (8, 4, 4))):
+                bn, residual_bn = (torch.nn.BatchNorm2d(shape[0], device="cuda") for _ in range(2))
+                for static in (False, True):
+                    y = torch.randn(B if static else T * B, *shape, device="cuda").to(dtype, memory_format=layout)
+                    residual = torch.randn(T * B, *shape, device="cuda").to(dtype, memory_format=layout)
+                    leaves = y.requires_grad_(), residual.requires_grad_()
+                    options = {"time_steps": T, "static": static, "residual": leaves[1]}
+                    with seal_fast.packed_spikes():
+                        spikes, m = seal_fast.bn_lif(
+                            leaves[0], bn, node, residual_bn=residual_bn, return_membrane_input=True, **options
+                        )
+                        out = (spikes * spikes).float().sum() + m.float().sum()
+                    out.backward()
+
+
 def loss(backend: str) -> None:
     """Loss, gradient and weights: each dtype, on the chip and in two sweeps."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -42,6 +62,7 @@ if __name__ == "__main__":
     for name in ("triton", "cupy"):
         if name in available("lif"):
             lif(name)
+            layer(name)
         if name in available("seal_loss"):
             loss(name)
     torch.cuda.synchronize()
