@@ -13,7 +13,7 @@ demo: .venv/.train
 	$(BIN)/python -m seal_fast.train.demo
 
 test: .venv/.test
-	@echo "==> Tests; about eight minutes on two cores, no GPU needed."
+	@echo "==> Tests; about eleven minutes on two cores, no GPU needed."
 	$(BIN)/python -m pytest
 
 long: .venv/.test

@@ -65,6 +65,7 @@ def test_kernels_compile_and_need_no_local_memory(arch, started):
     check(expressions(started), arch)
 
 
+@pytest.mark.long
 @needs_cupy
 def test_learned_constants_and_long_sequences_need_no_local_memory(started):
     for dtype in (*DTYPES, torch.float16, torch.float64):
