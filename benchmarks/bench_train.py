@@ -130,6 +130,7 @@ def test_step(request, benchmark, report, results, tiny, name, contestant):
     raced = results[name]
     figures, dtype = raced[contestant], CONTESTANTS[contestant][1]
     if figures is None:
+        # A contestant that does not fit has no figures; the others, which do, are still compared.
         pytest.skip("the GPU has too little memory")
     if measure.device().type == "cpu" and not tiny and contestant not in FLOORS.values():
         figures.peak_bytes = peak_bytes(name, contestant, figures.note)

@@ -116,7 +116,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def test_every_compiled_instruction_set_gives_the_same_bits(name, monkeypatch):
     runs = getattr(cpu.library(), f"seal_cpu_runs_{name}", None)
     if runs is None or not runs():
-        # The library has one copy for each instruction set; an older processor would end the process at the first one.
+        # An older processor would end the process at the first instruction that it does not know.
         pytest.skip(f"{name} was not compiled, or this processor does not run it")
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(6, 2, 3, 111, generator=generator)

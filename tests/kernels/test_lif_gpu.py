@@ -108,6 +108,7 @@ def test_backward_keeps_the_input_and_nothing_else(gpu_backend, dtype):
 def test_a_row_of_more_than_two_billion_neurons(gpu_backend):
     neurons = (1 << 31) + 4097
     if torch.cuda.mem_get_info()[0] < 5 * neurons * 2:
+        # Input, gradient and spikes of 2^32 numbers, and what their sums take, are all on the GPU at once.
         pytest.skip("needs 21 GB of free GPU memory")
     x = torch.full((2, neurons), 0.75, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     spikes, _ = lif(x, backend=gpu_backend, return_v_last=False, **OPTIONS)
