@@ -37,7 +37,7 @@ namespace {
 enum Objective { SEAL, KD, TDKD };
 
 constexpr int64_t kIgnored = -100;
-constexpr double kLogEps = 1e-8, kNormEps = 1e-12;
+constexpr double kNormEps = 1e-12;
 
 // Below this many logits a second thread costs more than it saves; a row costs as much as kFixed logits besides.
 constexpr int64_t kGrain = 1 << 13, kFixed = 100;
@@ -127,12 +127,17 @@ class Loss {
     for (; i < length; ++i) row[i] = -std::numeric_limits<State>::infinity();
   }
 
+  // Where κ is 3, as published, e^-x is the cube of e^(-x/κ).
+  template <bool cubed>
   void exponentials_of(int64_t t, Rows& rows) const {
     const State *z = rows.each(Rows::LOGITS, t), max = rows.max[t];
     State *exps = rows.each(Rows::EXPS, t), *soft = rows.each(Rows::SOFT_EXPS, t);
     double sum, soft_sum;
     sum_both<State>(length, sum, soft_sum, [&](int64_t i, V& part, V& soft_part) {
-      const V below = max - load_vector(z + i), e = exp_negative(below, State(1)), s = exp_negative(below, rate);
+      const V below = max - load_vector(z + i), s = exp_negative(below, rate);
+      V e;
+      if constexpr (cubed) e = s * s * s;
+      else e = exp_negative(below, State(1));
       store_vector(exps + i, e);
       store_vector(soft + i, s);
       part += e;
@@ -170,7 +175,7 @@ class Loss {
       read_row(static_cast<const Number*>(a.logits) + t * a.stride_t + b * a.stride_b, z);
       rows.max[t] = max_of_row(z, length);
       rows.top[t] = first_of_row(z, length, rows.max[t]);
-      exponentials_of(t, rows);
+      a.temperature == 3 ? exponentials_of<true>(t, rows) : exponentials_of<false>(t, rows);
     }
     if (aligned_over_time) weigh(b, rows);
     if (a.parts) compare(b, label, rows);
@@ -179,13 +184,9 @@ class Loss {
   // Confidence of each step, and the weights of the other steps in its target.
   void weigh(int64_t b, Rows& rows) const {
     for (int64_t t = 0; t < a.T; ++t) {
-      const State *z = rows.each(Rows::LOGITS, t), *exps = rows.each(Rows::EXPS, t);
-      const State scale = 1 / rows.sum[t];
-      const double negative_entropy = sum_over<State>(length, [&](int64_t i) {
-        const V p = load_vector(exps + i) * scale;
-        return p * log_positive(p + State(kLogEps));
-      });
-      rows.confidence[t] = (log_k + negative_entropy) / log_k;
+      const State* z = rows.each(Rows::LOGITS, t);
+      const double entropy = -negative_entropy(z, rows.each(Rows::EXPS, t), rows.max[t], rows.sum[t], length);
+      rows.confidence[t] = (log_k - entropy) / log_k;
       if (a.confidence) static_cast<State*>(a.confidence)[t * a.B + b] = State(rows.confidence[t]);
       rows.per_norm[t] = direct(z, rows.each(Rows::DIRECTION, t));
     }
