@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
 
 import torch
 from tqdm import tqdm
 
 from seal_fast import packed_spikes
 from seal_fast.models.snn import Neuron
+from seal_fast.train.feed import Feed
 from seal_fast.train.options import UsageError
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,7 +58,7 @@ def autocast(device: torch.device, amp: str):
 
 def train_epoch(
     task,
-    loader: Iterable,
+    feed: Feed,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     *,
@@ -68,11 +68,11 @@ def train_epoch(
     epochs_left: int,
     packed: bool = False,
 ) -> dict[str, float]:
-    """Train on every batch of the loader once.
+    """Train on every batch of the feed once.
 
     Args:
         task: A task of `tasks.py`.
-        loader: Batches of (inputs, labels).
+        feed: Batches of (inputs, labels).
         optimizer: Its optimiser.
         scaler: Gradient scaler; enabled for float16 only.
         device: Where to train.
@@ -90,17 +90,12 @@ def train_epoch(
     """
     task.network.train()
     meters = Meters(device)
-    waited, start = 0.0, time.perf_counter()
-    last, last_images, last_waited = start, 0, 0.0
+    start, waited = time.perf_counter(), feed.waited
+    last, last_images, last_waited = start, 0, waited
     # disable=None: no bar where the output is no terminal.
     shown = "{desc} |{bar:8}| {n_fmt}/{total_fmt}{postfix}"
-    bar = tqdm(total=len(loader), desc=title, bar_format=shown, leave=False, dynamic_ncols=True, disable=None)
-    batches = iter(loader)
-    for step in range(1, len(loader) + 1):
-        asked = time.perf_counter()
-        inputs, labels = next(batches)
-        waited += time.perf_counter() - asked
-        inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    bar = tqdm(total=len(feed), desc=title, bar_format=shown, leave=False, dynamic_ncols=True, disable=None)
+    for step, (inputs, labels) in enumerate(feed, 1):
         with autocast(device, amp), packed_spikes() if packed else contextlib.nullcontext():
             outcome = task(inputs, labels)
         optimizer.zero_grad(set_to_none=True)
@@ -109,23 +104,27 @@ def train_epoch(
         scaler.update()
         meters.add(outcome, labels)
         bar.update()
-        if step % READ_EVERY == 0 or step == len(loader):
+        if step % READ_EVERY == 0 or step == len(feed):
             means = meters.read()
             if not means["loss"] < float("inf"):
                 raise TrainingError(f"the loss is not finite ({title.strip()}, step {step}): {means}.")
             now = time.perf_counter()
             steps = step % READ_EVERY or READ_EVERY
-            remaining = (now - start) / step * (len(loader) - step + epochs_left * len(loader))
+            remaining = (now - start) / step * (len(feed) - step + epochs_left * len(feed))
             bar.set_postfix_str(
                 # What matters most comes first: a narrow terminal cuts the end.
                 f"ends in {tqdm.format_interval(int(remaining))}, loss {means['loss']:.3f}, "
                 f"acc {means['accuracy']:.1%}, {(meters.images - last_images) / (now - last):.0f} img/s, "
-                f"step {1e3 * (now - last) / steps:.0f} ms, data {1e3 * (waited - last_waited) / steps:.0f} ms"
+                f"step {1e3 * (now - last) / steps:.0f} ms, data {1e3 * (feed.waited - last_waited) / steps:.0f} ms"
             )
-            last, last_images, last_waited = now, meters.images, waited
+            last, last_images, last_waited = now, meters.images, feed.waited
     bar.close()
     seconds = time.perf_counter() - start
-    speed = {"seconds": seconds, "images_per_second": meters.images / seconds, "data_wait": waited / seconds}
+    speed = {
+        "seconds": seconds,
+        "images_per_second": meters.images / seconds,
+        "data_wait": (feed.waited - waited) / seconds,
+    }
     return {**means, **speed}
 
 
@@ -172,8 +171,8 @@ class SpikeRecorder:
 
 
 @torch.no_grad()
-def evaluate(task, loader: Iterable, *, device: torch.device, amp: str) -> dict:
-    """Accuracy on every batch of the loader.
+def evaluate(task, feed: Feed, *, device: torch.device, amp: str) -> dict:
+    """Accuracy on every batch of the feed.
 
     Returns:
         accuracy; accuracy_at: of the mean over the first t steps, for t = 1…T; firing_rate by layer; raster by layer.
@@ -182,8 +181,7 @@ def evaluate(task, loader: Iterable, *, device: torch.device, amp: str) -> dict:
     hits, images = None, 0
     time_steps = getattr(task.network, "time_steps", 1)
     with SpikeRecorder(task.network, time_steps) as recorder:
-        for inputs, labels in tqdm(loader, desc="evaluation", unit="step", leave=False, disable=None):
-            inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        for inputs, labels in tqdm(feed, desc="evaluation", unit="step", leave=False, disable=None):
             with autocast(device, amp):
                 logits = task.predict(inputs)
             predictions = logits.float().cumsum(0).argmax(-1)  # the mean over t steps has the argmax of their sum

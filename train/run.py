@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from seal_fast import __version__, reuse_freed_memory
 from seal_fast.train import checkpoint, data, plots
 from seal_fast.train.engine import TrainingError, evaluate, train_epoch
+from seal_fast.train.feed import Feed
 from seal_fast.train.options import FREE_ON_RESUME, UsageError, as_published, kernels_of, resolve
 from seal_fast.train.tasks import TERMS, parameter_groups
 
@@ -223,6 +224,8 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
     device = torch.device(args.device)
     task.network.to(device, memory_format=torch.contiguous_format if as_published(args) else torch.channels_last)
     train_loader, val_loader = loaders_of(splits, args)
+    train_feed = Feed(train_loader, device, splits.finish_train)
+    val_feed = Feed(val_loader, device, splits.finish_val)
     optimizer = optimizer_of(task.network, args, spiking=spiking)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.num_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -241,7 +244,7 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
             learning_rate = scheduler.get_last_lr()[0]
             trained = train_epoch(
                 task,
-                train_loader,
+                train_feed,
                 optimizer,
                 scaler,
                 device=device,
@@ -251,7 +254,7 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
                 packed=getattr(args, "packed_spikes", False),
             )
             scheduler.step()
-            result = evaluate(task, val_loader, device=device, amp=args.amp)
+            result = evaluate(task, val_feed, device=device, amp=args.amp)
             run.log(_row(epoch, learning_rate, trained, result), writer)
             print(_line(epoch, args.num_epoch, trained, result), flush=True)
 

@@ -10,6 +10,7 @@ import torch
 from golden import CASES, filled_student, filled_teacher
 from seal_fast.models.snn import Neuron
 from seal_fast.train import engine, run
+from seal_fast.train.feed import Feed
 from seal_fast.train.tasks import DistillTask, TeacherTask, tau_of
 
 CPU = torch.device("cpu")
@@ -19,7 +20,8 @@ def epoch_of(task, batches, optimizer=None, amp="off"):
     """Train on the batches once."""
     optimizer = optimizer or torch.optim.SGD(task.network.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return engine.train_epoch(task, batches, optimizer, scaler, device=CPU, amp=amp, title="", epochs_left=1)
+    feed = Feed(batches, CPU)
+    return engine.train_epoch(task, feed, optimizer, scaler, device=CPU, amp=amp, title="", epochs_left=1)
 
 
 def test_progress_bar_tells_times_speed_loss_accuracy_and_what_remains(monkeypatch):
@@ -53,7 +55,7 @@ def test_autocast_reaches_the_network():
     batches = [(torch.rand(2, 1, 2, 2), torch.tensor([0, 2]))]
     for amp in ("off", "bf16"):
         epoch_of(TeacherTask(network), batches, amp=amp)
-        engine.evaluate(TeacherTask(network), batches, device=CPU, amp=amp)
+        engine.evaluate(TeacherTask(network), Feed(batches, CPU), device=CPU, amp=amp)
     assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
 
 
@@ -78,7 +80,7 @@ def test_evaluation_counts_by_hand():
 
     task = DistillTask(Network(), None, method="ce", alpha=0, beta=0, temperature=3.0, backend="torch")
     batches = [(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1]))]
-    result = engine.evaluate(task, batches, device=CPU, amp="off")
+    result = engine.evaluate(task, Feed(batches, CPU), device=CPU, amp="off")
     assert result["accuracy_at"] == [0.5, 0.0, 1.0]
     assert result["accuracy"] == 1.0
     assert result["firing_rate"] == {"lif": 5 / 12}

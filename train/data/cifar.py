@@ -113,7 +113,7 @@ class CifarImages(Dataset):
     Args:
         images: uint8 [N,32,32,3].
         labels: int64 [N].
-        transform: PIL image → float32 [3,32,32].
+        transform: PIL image → uint8 [3,32,32].
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Transform) -> None:
@@ -147,12 +147,9 @@ def load(
     if not isinstance(classes, list | tuple) or len(classes) != num_classes:
         raise DataError(f"{meta_path} does not name {num_classes} classes; delete it and {how_to_get}.")
 
+    transforms = image_transforms(name, role=role, auto_aug=auto_aug, cutout=cutout)
     parts = []
-    for file_list, transform in zip(
-        (layout.train_list, layout.test_list),
-        image_transforms(name, role=role, auto_aug=auto_aug, cutout=cutout),
-        strict=True,
-    ):
+    for file_list, transform in ((layout.train_list, transforms.train), (layout.test_list, transforms.val)):
         batches = [_read_batch(folder / file_name, num_classes, how_to_get) for file_name, _ in file_list]
         images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
         parts.append(CifarImages(images, labels, transform))
@@ -164,4 +161,6 @@ def load(
         image_size=32,
         events=False,
         classes=tuple(str(_text(class_name)) for class_name in classes),
+        finish_train=transforms.finish_train,
+        finish_val=transforms.finish_val,
     )

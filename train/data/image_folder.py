@@ -62,7 +62,7 @@ def load(
     transforms = image_transforms(name, role=role, auto_aug=auto_aug, cutout=cutout)
     if not root.is_dir():
         raise DataError(f"{root} is missing; {_HOW_TO_GET}.")
-    train, val = (_images(root / part, transform) for part, transform in zip(("train", "val"), transforms, strict=True))
+    train, val = _images(root / "train", transforms.train), _images(root / "val", transforms.val)
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))[0]
         has, lacks = ("train", "val") if odd in train.classes else ("val", "train")
@@ -79,4 +79,6 @@ def load(
         image_size=224,
         events=False,
         classes=tuple(train.classes),
+        finish_train=transforms.finish_train,
+        finish_val=transforms.finish_val,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 
@@ -18,8 +20,11 @@ class Splits:
         num_classes: number of classes; labels are 0 … num_classes − 1.
         in_channels: C of an item.
         image_size: H = W of an item, in pixels.
-        events: whether an item is (frames float32 [T,C,H,W], int label) instead of (image float32 [C,H,W], int label).
+        events: whether an item is (frames [T,C,H,W], int label) instead of (image [C,H,W], int label).
         classes: the name of each label.
+        finish_train: what is left to do to a batch of `train` on the device, [B,...] of the items' type → float32; None
+            where they are float32 and nothing is left.
+        finish_val: the same for `val`.
     """
 
     name: str
@@ -30,3 +35,5 @@ class Splits:
     image_size: int
     events: bool
     classes: tuple[str, ...]
+    finish_train: Callable[[Tensor], Tensor] | None = None
+    finish_val: Callable[[Tensor], Tensor] | None = None

@@ -44,6 +44,16 @@ _IMAGES = {
 }
 
 
+def _holes(count: int, height: int, width: int, side: int, device: torch.device) -> Tensor:
+    """Where `count` square holes are, bool [count,H,W]: each one's centre is uniform over the pixels."""
+    centres = torch.stack([torch.randint(size, (count,)) for size in (height, width)])
+    if device.type == "cuda":
+        centres = centres.pin_memory()  # else the copy would wait for the device
+    first = centres.to(device, non_blocking=True)[..., None] - side // 2  # [2, count, 1]
+    down, right = (torch.arange(size, device=device) - first[axis] for axis, size in enumerate((height, width)))
+    return ((down >= 0) & (down < side))[:, :, None] & ((right >= 0) & (right < side))[:, None, :]
+
+
 class Cutout:
     """Fill one square hole with zeros (DeVries and Taylor, arXiv 1708.04552).
 
@@ -59,15 +69,35 @@ class Cutout:
 
     def __call__(self, image: Tensor) -> Tensor:
         """Image [...,H,W] → a copy with the hole."""
-        height, width = image.shape[-2:]
-        top = int(torch.randint(height, ())) - self.side // 2
-        left = int(torch.randint(width, ())) - self.side // 2
-        image = image.clone()
-        image[..., max(top, 0) : top + self.side, max(left, 0) : left + self.side] = 0
-        return image
+        return image.masked_fill(_holes(1, *image.shape[-2:], self.side, image.device)[0], 0)
+
+    def of_each(self, images: Tensor) -> Tensor:
+        """Images [B,C,H,W] → a copy in which each has a hole of its own."""
+        return images.masked_fill(_holes(len(images), *images.shape[-2:], self.side, images.device)[:, None], 0)
 
     def __repr__(self) -> str:
         return f"Cutout({self.side})"
+
+
+class Finish:
+    """What is done to a whole batch of images on the device: until then they travel as bytes.
+
+    Args:
+        mean: of each channel, subtracted.
+        std: of each channel, divided by.
+        cutout: for each image, or None.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], cutout: Cutout | None = None) -> None:
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+        self.cutout = cutout
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images uint8 [B,C,H,W] → float32 [B,C,H,W]."""
+        if self.mean.device != images.device:
+            self.mean, self.std = (values.to(images.device) for values in (self.mean, self.std))
+        images = images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        return images if self.cutout is None else self.cutout.of_each(images)
 
 
 class Roll:
@@ -89,10 +119,19 @@ class Roll:
         return f"Roll({self.reach})"
 
 
+class ImageTransforms(NamedTuple):
+    """What happens to images: one by one in the workers, PIL RGB → uint8 [3,H,W], then to batches on the device."""
+
+    train: Transform
+    val: Transform
+    finish_train: Finish
+    finish_val: Finish
+
+
 def image_transforms(
     name: str, *, role: str, auto_aug: bool | None = None, cutout: bool | None = None
-) -> tuple[Transform, Transform]:
-    """Transforms of the training and the held-out part: PIL RGB image → float32 [3,H,W].
+) -> ImageTransforms:
+    """Transforms of the training and the held-out part.
 
     AutoAugment runs on the PIL image, on which its policies were found (arXiv 1805.09501).
 
@@ -104,14 +143,16 @@ def image_transforms(
     """
     images = _IMAGES[name]
     student = role == "student"
-    normalise = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(images.mean, images.std)]
     train = [*images.crop(), v2.RandomHorizontalFlip()]
     if student if auto_aug is None else auto_aug:
         train.append(v2.AutoAugment(images.policy))
-    train += normalise
-    if student if cutout is None else cutout:
-        train.append(Cutout(images.hole))
-    return v2.Compose(train), v2.Compose([*images.val(), *normalise])
+    hole = Cutout(images.hole) if (student if cutout is None else cutout) else None
+    return ImageTransforms(
+        v2.Compose([*train, v2.PILToTensor()]),
+        v2.Compose([*images.val(), v2.PILToTensor()]),
+        Finish(images.mean, images.std, hole),
+        Finish(images.mean, images.std),
+    )
 
 
 def event_transform(*, flip: bool, auto_aug: bool | None = None, cutout: bool | None = None) -> Transform | None:

@@ -13,6 +13,7 @@ POLICY = {
     "imagenet": v2.AutoAugmentPolicy.IMAGENET,
 }
 HOLE = {"CIFAR10": 16, "CIFAR100": 16, "imagenet": 112}
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 IMAGES = pytest.mark.parametrize("name", POLICY)
 
 
@@ -31,7 +32,7 @@ def test_cutout_is_the_clipped_square(side, size, monkeypatch):
     for centre_y in range(size):
         for centre_x in (0, 1, size // 2, size - 1):
             draws = iter([centre_y, centre_x])
-            monkeypatch.setattr(torch, "randint", lambda *_, draws=draws: torch.tensor(next(draws)))
+            monkeypatch.setattr(torch, "randint", lambda *_, draws=draws: torch.tensor([next(draws)]))
             result = Cutout(side)(torch.ones(2, 3, size, size))
             rows = (pixel >= centre_y - side // 2) & (pixel < centre_y - side // 2 + side)
             columns = (pixel >= centre_x - side // 2) & (pixel < centre_x - side // 2 + side)
@@ -72,15 +73,18 @@ def test_roll_reaches_each_shift():
 @IMAGES
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_published_image_recipe(name, role):
-    train, val = image_transforms(name, role=role)
+    recipe = image_transforms(name, role=role)
+    train, val = recipe.train, recipe.val
     crop = v2.RandomResizedCrop if name == "imagenet" else v2.RandomCrop
-    last = [v2.PILToTensor, v2.ToDtype, v2.Normalize]
-    extra = ([v2.AutoAugment], [Cutout]) if role == "student" else ([], [])
-    assert kinds(train) == [crop, v2.RandomHorizontalFlip, *extra[0], *last, *extra[1]]
-    assert kinds(val) == ([v2.Resize, v2.CenterCrop] if name == "imagenet" else []) + last
+    extra = [v2.AutoAugment] if role == "student" else []
+    assert kinds(train) == [crop, v2.RandomHorizontalFlip, *extra, v2.PILToTensor]
+    assert kinds(val) == ([v2.Resize, v2.CenterCrop] if name == "imagenet" else []) + [v2.PILToTensor]
+    assert recipe.finish_val.cutout is None
     if role == "student":
         assert train.transforms[2].policy == POLICY[name]
-        assert train.transforms[-1].side == HOLE[name]
+        assert recipe.finish_train.cutout.side == HOLE[name]
+    else:
+        assert recipe.finish_train.cutout is None
     if name == "imagenet":
         assert (train.transforms[0].size, val.transforms[0].size, val.transforms[1].size) == (
             (224, 224),
@@ -96,9 +100,35 @@ def test_published_image_recipe(name, role):
 @pytest.mark.parametrize("auto_aug", [True, False])
 @pytest.mark.parametrize("cutout", [True, False])
 def test_image_overrides(name, role, auto_aug, cutout):
-    train, _ = image_transforms(name, role=role, auto_aug=auto_aug, cutout=cutout)
-    assert (v2.AutoAugment in kinds(train)) == auto_aug
-    assert (Cutout in kinds(train)) == cutout
+    recipe = image_transforms(name, role=role, auto_aug=auto_aug, cutout=cutout)
+    assert (v2.AutoAugment in kinds(recipe.train)) == auto_aug
+    assert (recipe.finish_train.cutout is not None) == cutout
+
+
+@IMAGES
+def test_batches_are_normalised_as_torchvision_does(name):
+    images = torch.randint(256, (3, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    finish = image_transforms(name, role="teacher").finish_train
+    mean, std = finish.mean.flatten().tolist(), finish.std.flatten().tolist()
+    expected = v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), mean, std)
+    # The division by 255 and the product with 1/255 differ in the last bit; measured 5e-7.
+    torch.testing.assert_close(finish(images), expected, rtol=0, atol=1e-6)
+    assert finish(images).dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_each_image_of_a_batch_has_its_own_hole(device):
+    torch.manual_seed(0)
+    images = torch.full((64, 3, 32, 32), 255, dtype=torch.uint8, device=device)
+    finish = image_transforms("CIFAR10", role="student").finish_train
+    holes = finish(images) == 0
+    assert (holes == holes[:, :1]).all()  # in all channels alike
+    areas = holes[:, 0].sum((1, 2))
+    assert areas.min() >= 8 * 8
+    assert areas.max() == 16 * 16
+    assert len({tuple(hole.nonzero()[0].tolist()) for hole in holes[:, 0]}) > 32
+    torch.manual_seed(0)
+    assert torch.equal(finish(images) == 0, holes)
 
 
 def test_published_event_recipe():

@@ -45,13 +45,16 @@ def test_items(name, role, tmp_path):
     assert splits.num_classes == len(splits.classes) == num_classes
     assert splits.events == ("DVS" in name)
     shape = (3, channels, size, size) if splits.events else (channels, size, size)
-    for part in (splits.train, splits.val):
+    for part, finish in ((splits.train, splits.finish_train), (splits.val, splits.finish_val)):
         assert len(part) > 0
         for image, label in (part[0], part[len(part) - 1]):
             assert type(image) is torch.Tensor
-            assert image.dtype == torch.float32
+            assert image.dtype == (torch.float32 if finish is None else torch.uint8)
             assert image.shape == shape
-            assert image.isfinite().all()
+            finished = image[None] if finish is None else finish(image[None])
+            assert finished.dtype == torch.float32
+            assert finished.shape == (1, *shape)
+            assert finished.isfinite().all()
             assert type(label) is int
             assert 0 <= label < num_classes
     assert torch.equal(splits.val[0][0], splits.val[0][0])

@@ -1,0 +1,60 @@
+"""From a loader's batches to inputs on the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+
+class Feed:
+    """Batches of a loader on the device, finished there.
+
+    On a GPU the copies and what finishes them run beside the step before, in a stream of their own; the host waits
+    for the loader only.
+
+    Args:
+        loader: Batches (inputs, labels).
+        device: Where they go.
+        finish: What is left to do to a batch of inputs on the device; None for nothing.
+
+    Attributes:
+        waited: Seconds spent waiting for the loader so far. On a GPU, which has work while the host waits, it stands
+            still for less than that.
+    """
+
+    def __init__(self, loader: Iterable, device: torch.device, finish: Callable[[Tensor], Tensor] | None = None):
+        self.loader = loader
+        self.device = device
+        self.finish = finish
+        self.waited = 0.0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        asked = time.perf_counter()
+        batches = iter(self.loader)
+        while True:
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield self._bring(*batch) if stream is None else self._bring_beside(stream, *batch)
+            asked = time.perf_counter()
+
+    def _bring(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        inputs, labels = inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        return inputs if self.finish is None else self.finish(inputs), labels
+
+    def _bring_beside(self, stream: torch.cuda.Stream, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.cuda.stream(stream):
+            batch = self._bring(inputs, labels)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(stream)
+        for tensor in batch:
+            tensor.record_stream(current)  # their memory is not given away while the step uses it
+        return batch
