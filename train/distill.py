@@ -13,9 +13,9 @@ import torch
 
 from seal_fast.models import folded, student
 from seal_fast.train.checkpoint import load_teacher
-from seal_fast.train.engine import AMP_DTYPES
 from seal_fast.train.options import as_published, distill_parser, kernels_of
 from seal_fast.train.run import Run, command, prepare, splits_of, train
+from seal_fast.train.step import AMP_DTYPES
 from seal_fast.train.tasks import DistillTask, tau_of
 from seal_fast.train.teacher import stem_of
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 
 import torch
 from tqdm import tqdm
 
-from seal_fast import packed_spikes
 from seal_fast.models.snn import Neuron
 from seal_fast.train.feed import Feed
 from seal_fast.train.options import UsageError
+from seal_fast.train.step import Step, autocast
 
-AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 READ_EVERY = 10  # steps between readings of the meters: each reading waits for the device
 
 
@@ -50,36 +48,20 @@ class Meters:
         return {name: value / self.images for name, value in zip(names, values, strict=True)}
 
 
-def autocast(device: torch.device, amp: str):
-    """The autocast context of `--amp`."""
-    enabled = amp != "off"
-    return torch.autocast(device.type, dtype=AMP_DTYPES[amp] if enabled else None, enabled=enabled)
-
-
 def train_epoch(
-    task,
+    step: Step,
     feed: Feed,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
     *,
-    device: torch.device,
-    amp: str,
     title: str,
     epochs_left: int,
-    packed: bool = False,
 ) -> dict[str, float]:
     """Train on every batch of the feed once.
 
     Args:
-        task: A task of `tasks.py`.
+        step: What is done with a batch.
         feed: Batches of (inputs, labels).
-        optimizer: Its optimiser.
-        scaler: Gradient scaler; enabled for float16 only.
-        device: Where to train.
-        amp: "off", "bf16" or "fp16".
         title: Shown before the progress bar.
         epochs_left: Epochs after this one, for the time that remains.
-        packed: Whether spikes wait for the backward pass as bits.
 
     Returns:
         Mean losses by name, accuracy, seconds, images_per_second, and data_wait, the share of the time spent waiting
@@ -88,29 +70,24 @@ def train_epoch(
     Raises:
         TrainingError: The loss is not finite.
     """
-    task.network.train()
-    meters = Meters(device)
+    step.task.network.train()
+    meters = Meters(step.device)
     start, waited = time.perf_counter(), feed.waited
     last, last_images, last_waited = start, 0, waited
     # disable=None: no bar where the output is no terminal.
     shown = "{desc} |{bar:8}| {n_fmt}/{total_fmt}{postfix}"
     bar = tqdm(total=len(feed), desc=title, bar_format=shown, leave=False, dynamic_ncols=True, disable=None)
-    for step, (inputs, labels) in enumerate(feed, 1):
-        with autocast(device, amp), packed_spikes() if packed else contextlib.nullcontext():
-            outcome = task(inputs, labels)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(outcome.loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    for number, (inputs, labels) in enumerate(feed, 1):
+        outcome = step(inputs, labels)
         meters.add(outcome, labels)
         bar.update()
-        if step % READ_EVERY == 0 or step == len(feed):
+        if number % READ_EVERY == 0 or number == len(feed):
             means = meters.read()
             if not means["loss"] < float("inf"):
-                raise TrainingError(f"the loss is not finite ({title.strip()}, step {step}): {means}.")
+                raise TrainingError(f"the loss is not finite ({title.strip()}, step {number}): {means}.")
             now = time.perf_counter()
-            steps = step % READ_EVERY or READ_EVERY
-            remaining = (now - start) / step * (len(feed) - step + epochs_left * len(feed))
+            steps = number % READ_EVERY or READ_EVERY
+            remaining = (now - start) / number * (len(feed) - number + epochs_left * len(feed))
             bar.set_postfix_str(
                 # What matters most comes first: a narrow terminal cuts the end.
                 f"ends in {tqdm.format_interval(int(remaining))}, loss {means['loss']:.3f}, "

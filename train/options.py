@@ -57,6 +57,7 @@ FREE_ON_RESUME = frozenset(
         "step_mode",
         "backend",
         "packed_spikes",
+        "cuda_graph",
     ]
 )
 
@@ -180,6 +181,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="autocast; auto is bf16 where the hardware multiplies it faster than float32 (default: %(default)s)",
     )
+    _add_switch(machine, "--cuda_graph", False, "replay each step as one CUDA graph: faster where batches are small")
 
 
 def _add_switch(parser, flag: str, default: bool | None, text: str) -> None:
@@ -220,6 +222,10 @@ def resolve(args: argparse.Namespace, *, role: str) -> argparse.Namespace:
     _check_shared(args)
     if args.amp == "auto":
         args.amp = _default_amp(torch.device(args.device))
+    if args.cuda_graph and torch.device(args.device).type != "cuda":
+        raise UsageError(f"--cuda_graph needs a CUDA GPU; --device is {args.device}.")
+    if args.cuda_graph and args.amp == "fp16":
+        raise UsageError("--cuda_graph cannot skip the steps that --amp fp16 must skip; use --amp bf16.")
     if role == "student":
         _check_student(args)
     return args

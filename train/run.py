@@ -23,6 +23,7 @@ from seal_fast.train import checkpoint, data, plots
 from seal_fast.train.engine import TrainingError, evaluate, train_epoch
 from seal_fast.train.feed import Feed
 from seal_fast.train.options import FREE_ON_RESUME, UsageError, as_published, kernels_of, resolve
+from seal_fast.train.step import GraphedStep, Step
 from seal_fast.train.tasks import TERMS, parameter_groups
 
 LOSSES = {"loss", "ce", *(term for terms in TERMS.values() for term in terms)}
@@ -208,7 +209,7 @@ def optimizer_of(network: torch.nn.Module, args: argparse.Namespace, *, spiking:
     """The optimiser that --optim, --lr and --wd describe."""
     groups = parameter_groups(network, args.wd, spiking=spiking)
     kind = {"SGDM": torch.optim.SGD, "ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW}[args.optim]
-    settings = {"momentum": 0.9} if args.optim == "SGDM" else {}
+    settings = {"momentum": 0.9} if args.optim == "SGDM" else {"capturable": args.cuda_graph}
     fused = next(network.parameters()).device.type in ("cpu", "cuda")
     return kind(groups, lr=args.lr, fused=fused, **settings)
 
@@ -232,6 +233,9 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
     state = {"net": task.network, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     first, best = _restore(run, state, args) if run.resumed else (1, None)
 
+    kind = GraphedStep if args.cuda_graph else Step
+    packed = getattr(args, "packed_spikes", False)
+    step = kind(task, optimizer, scaler, device=device, amp=args.amp, packed=packed)
     run.write_config(args)
     run.forget_after(first - 1)
     _announce(args, splits, run, first)
@@ -241,18 +245,9 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
         for epoch in range(first, args.num_epoch + 1):
             # Each epoch's random numbers follow from its own seed, so that a resumed run draws the same ones.
             torch.manual_seed(args.seed * 100_003 + epoch)
-            learning_rate = scheduler.get_last_lr()[0]
-            trained = train_epoch(
-                task,
-                train_feed,
-                optimizer,
-                scaler,
-                device=device,
-                amp=args.amp,
-                title=f"epoch {epoch}/{args.num_epoch}",
-                epochs_left=args.num_epoch - epoch,
-                packed=getattr(args, "packed_spikes", False),
-            )
+            learning_rate = float(scheduler.get_last_lr()[0])
+            title, left = f"epoch {epoch}/{args.num_epoch}", args.num_epoch - epoch
+            trained = train_epoch(step, train_feed, title=title, epochs_left=left)
             scheduler.step()
             result = evaluate(task, val_feed, device=device, amp=args.amp)
             run.log(_row(epoch, learning_rate, trained, result), writer)

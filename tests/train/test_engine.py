@@ -11,6 +11,7 @@ from golden import CASES, filled_student, filled_teacher
 from seal_fast.models.snn import Neuron
 from seal_fast.train import engine, run
 from seal_fast.train.feed import Feed
+from seal_fast.train.step import Step
 from seal_fast.train.tasks import DistillTask, TeacherTask, tau_of
 
 CPU = torch.device("cpu")
@@ -20,8 +21,8 @@ def epoch_of(task, batches, optimizer=None, amp="off"):
     """Train on the batches once."""
     optimizer = optimizer or torch.optim.SGD(task.network.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    feed = Feed(batches, CPU)
-    return engine.train_epoch(task, feed, optimizer, scaler, device=CPU, amp=amp, title="", epochs_left=1)
+    step = Step(task, optimizer, scaler, device=CPU, amp=amp)
+    return engine.train_epoch(step, Feed(batches, CPU), title="", epochs_left=1)
 
 
 def test_progress_bar_tells_times_speed_loss_accuracy_and_what_remains(monkeypatch):

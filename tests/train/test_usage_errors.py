@@ -49,6 +49,7 @@ DISTILL_DIGITS = DIGITS + " --method ce"
         (teacher.main, DIGITS + " --lr nan", "--lr must be above 0"),
         (teacher.main, DIGITS + " --wd -1", "--wd must be at least 0"),
         (teacher.main, DIGITS + " --device warp:9", "--device 'warp:9' cannot be used"),
+        (teacher.main, DIGITS + " --device cpu --cuda_graph", "--cuda_graph needs a CUDA GPU; --device is cpu"),
         (teacher.main, DIGITS + " --learning_rate 1", "unrecognized arguments: --learning_rate"),
         (teacher.main, DIGITS + " --auto_aug maybe", "--auto_aug.*'maybe'"),
         (teacher.main, DIGITS + " --auto_aug", "auto_aug"),

@@ -1,0 +1,97 @@
+"""A training step as one CUDA graph takes the same steps as piece by piece."""
+
+import pytest
+import torch
+
+from seal_fast.models import student
+from seal_fast.train.step import GraphedStep, Step
+from seal_fast.train.tasks import DistillTask, TeacherTask
+
+SIZES = [6, 6, 6, 6, 6, 6, 2, 6, 6]  # the last batch of an epoch may be smaller
+
+
+class Repeated(GraphedStep):
+    """Without a GPU nothing can be captured; what a replay would do on the device is done by the host."""
+
+    def _warm_up(self, inputs, labels):
+        return Step.__call__(self, inputs, labels)
+
+    def _capture(self, function):
+        return function
+
+
+def trained(kind, device, network, optimizer, method="ce"):
+    """Losses and weights of steps on batches of SIZES, the learning rate halved midway."""
+    device = torch.device(device)
+    generator = torch.Generator().manual_seed(0)
+    network = network().to(device)
+    optimizer = optimizer(network.parameters())
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    if method == "ann":
+        task = TeacherTask(network)
+    else:
+        task = DistillTask(network, None, method="ce", alpha=0, beta=0, temperature=3.0, backend="auto")
+    step = kind(task, optimizer, scaler, device=device, amp="off")
+    losses = []
+    for index, size in enumerate(SIZES):
+        if index == 5:
+            for group in optimizer.param_groups:
+                lr = group["lr"]
+                group["lr"] = lr.fill_(lr / 2) if isinstance(lr, torch.Tensor) else lr / 2
+        images = torch.randn(size, 1, 8, 8, generator=generator).to(device)
+        labels = torch.randint(10, (size,), generator=generator).to(device)
+        losses.append(step(images, labels).loss.detach().clone())
+    return torch.stack(losses).cpu(), [p.detach().cpu() for p in network.parameters()]
+
+
+def linear():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+
+
+def resnet8():
+    torch.manual_seed(0)
+    return student("resnet8", num_classes=10, in_channels=1, time_steps=2)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True)
+
+
+def adam(parameters):
+    parameters = list(parameters)
+    return torch.optim.Adam(parameters, lr=0.01, fused=True, capturable=parameters[0].device.type == "cuda")
+
+
+def test_batches_rates_and_results_pass_through_the_graphs_own_places():
+    expected = trained(Step, "cpu", linear, sgd, "ann")
+    losses, weights = trained(Repeated, "cpu", linear, sgd, "ann")
+    # The learning rate is a float32 tensor for a graph: 0.1 differs from it by 1.5e-9; measured 6e-8.
+    torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=0)
+    for got, right in zip(weights, expected[1], strict=True):
+        torch.testing.assert_close(got, right, rtol=0, atol=1e-6)
+
+
+def test_a_batch_of_another_size_is_not_captured():
+    captured = []
+
+    class Counted(Repeated):
+        def _captured(self):
+            captured.append(len(self.batch[0]))
+            super()._captured()
+
+    trained(Counted, "cpu", linear, sgd, "ann")
+    assert captured == [6] * (len(SIZES) - 1 - GraphedStep.WARM_UP)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a graph is captured")
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+@pytest.mark.parametrize(("network", "method"), [(linear, "ann"), (resnet8, "ce")])
+def test_a_graph_takes_the_same_steps(network, method, optimizer):
+    expected = trained(Step, "cuda", network, optimizer, method)
+    losses, weights = trained(GraphedStep, "cuda", network, optimizer, method)
+    # Nothing but the learning rate's rounding differs, but a spike may flip where a potential meets the threshold; not
+    # measured yet.
+    torch.testing.assert_close(losses, expected[0], rtol=1e-3, atol=0)
+    for got, right in zip(weights, expected[1], strict=True):
+        torch.testing.assert_close(got, right, rtol=0, atol=1e-3)

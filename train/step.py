@@ -1,0 +1,116 @@
+"""One training step: forward, loss, backward and update; launched piece by piece, or as one CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from seal_fast import packed_spikes
+from seal_fast.train.tasks import Outcome
+
+AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, amp: str):
+    """The autocast context of `--amp`."""
+    enabled = amp != "off"
+    return torch.autocast(device.type, dtype=AMP_DTYPES[amp] if enabled else None, enabled=enabled)
+
+
+class Step:
+    """A step of a task.
+
+    Args:
+        task: A task of `tasks.py`.
+        optimizer: Its optimiser.
+        scaler: Gradient scaler; enabled for float16 only.
+        device: Where to train.
+        amp: "off", "bf16" or "fp16".
+        packed: Whether spikes wait for the backward pass as bits.
+    """
+
+    def __init__(
+        self,
+        task,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        *,
+        device: torch.device,
+        amp: str,
+        packed: bool = False,
+    ):
+        self.task = task
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.device = device
+        self.amp = amp
+        self.packed = packed
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> Outcome:
+        """Train on a batch; inputs [B, ...] and labels [B] on the device."""
+        with autocast(self.device, self.amp), packed_spikes() if self.packed else contextlib.nullcontext():
+            outcome = self.task(inputs, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(outcome.loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return outcome
+
+
+class GraphedStep(Step):
+    """A step that is captured in a CUDA graph, so that the host launches one thing instead of a thousand.
+
+    The first batches of the most frequent size are trained on as ever, while libraries choose their kernels; then the
+    step is captured, and replayed on copies of the batches. Batches of another size, as the last of an epoch may be,
+    are never captured. What a replay returns is overwritten by the next.
+    """
+
+    WARM_UP = 3  # steps before the capture
+
+    def __init__(self, task, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, **options):
+        super().__init__(task, optimizer, scaler, **options)
+        for group in optimizer.param_groups:  # a graph keeps numbers as they were, and reads tensors anew
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(self.device)
+        self.steps = 0
+        self.batch: tuple[Tensor, Tensor] | None = None
+        self.outcome: Outcome | None = None
+        self.replay = None
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> Outcome:  # noqa: D102
+        if self.batch is None:
+            self.batch = torch.empty_like(inputs), torch.empty_like(labels)
+        if any(held.shape != given.shape for held, given in zip(self.batch, (inputs, labels), strict=True)):
+            return super().__call__(inputs, labels)
+        self.steps += 1
+        if self.steps <= self.WARM_UP:
+            return self._warm_up(inputs, labels)
+        for held, given in zip(self.batch, (inputs, labels), strict=True):
+            held.copy_(given)
+        if self.replay is None:
+            self.replay = self._capture(self._captured)
+        self.replay()
+        return self.outcome
+
+    def _captured(self) -> None:
+        self.outcome = Step.__call__(self, *self.batch)
+
+    def _warm_up(self, inputs: Tensor, labels: Tensor) -> Outcome:
+        """On a stream of its own, as a capture will be."""
+        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            outcome = super().__call__(inputs, labels)
+        current.wait_stream(stream)
+        return outcome
+
+    def _capture(self, function):
+        """What runs `function` again on the device; capturing does not run it."""
+        self.optimizer.zero_grad(set_to_none=True)  # gradients get places that belong to the graph
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        # The thread that pins batches may go on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            function()
+        return graph.replay
