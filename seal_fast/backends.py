@@ -16,10 +16,12 @@ from typing import NamedTuple
 
 import torch
 
+from .kernels import seal_loss
 from .kernels.launch import cpu, cupy
 
 BACKENDS = ("triton", "cupy", "cpu", "torch")  # fastest first
-OPERATORS = ("lif", "bn_lif", "seal_loss", "selective_alignment_weights")
+_OF_LOGITS = ("seal_loss", "selective_alignment_weights")
+OPERATORS = ("lif", "bn_lif", *_OF_LOGITS)
 
 # operator -> backends that have a kernel for it
 _KERNELS: dict[str, tuple[str, ...]] = {
@@ -65,23 +67,25 @@ def check_name(backend: str) -> str:
     return backend
 
 
-def resolve(backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """The backend that runs `operator` on tensors of `device`, and `dtype`, when the user asks for `backend`.
+def resolve(
+    backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None, time_steps: int = 1
+) -> str:
+    """The backend that runs `operator` on tensors of `device`, `dtype` and T when the user asks for `backend`.
 
     Raises:
         ValueError: The name is unknown, or names a backend that cannot run the call.
     """
     setting = os.environ.get("SEAL_FAST_BACKEND"), os.environ.get("TRITON_INTERPRET")
     find = _resolve if torch.compiler.is_compiling() else _resolve_once
-    return find(backend, operator, device, dtype, *setting, *_DEVICES.values())
+    return find(backend, operator, device, dtype, time_steps, *setting, *_DEVICES.values())
 
 
-def _resolve(backend, operator, device, dtype, default, *_settings) -> str:
+def _resolve(backend, operator, device, dtype, time_steps, default, *_settings) -> str:
     """As `resolve`, of all that its answer depends on."""
     check_name(backend)
     if backend == "auto":
         backend = check_name(default or "auto")
-    found = {name: _availability(operator, name, device, dtype) for name in BACKENDS}
+    found = {name: _availability(operator, name, device, dtype, time_steps) for name in BACKENDS}
     able = [name for name, availability in found.items() if availability.available]
     if backend == "auto":
         if device.type == "cpu":
@@ -112,7 +116,11 @@ def shown(backend: str, operator: str) -> str:
 
 
 def _availability(
-    operator: str, backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None
+    operator: str,
+    backend: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    time_steps: int = 1,
 ) -> Availability:
     if backend not in _KERNELS[operator]:
         return Availability(False, f"this version has no {backend} kernel for it")
@@ -120,8 +128,10 @@ def _availability(
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device is not None and serves not in (None, device.type) and not interpreted:
         return Availability(False, f"it runs on {serves} tensors, and these are on {device.type}")
-    if dtype == torch.float64 and serves == "cuda" and operator not in ("lif", "bn_lif"):
+    if dtype == torch.float64 and serves == "cuda" and operator in _OF_LOGITS:
         return Availability(False, "it computes in float32, and these are float64")
+    if backend == "triton" and operator in _OF_LOGITS and time_steps > seal_loss.MOST_STEPS:
+        return Availability(False, f"it takes up to {seal_loss.MOST_STEPS} time steps, and these are {time_steps}")
     reason = _MISSING.get(backend, "")
     if not reason and device is None and serves == "cuda" and not interpreted and not torch.cuda.is_available():
         reason = "torch finds no CUDA GPU"

@@ -41,7 +41,6 @@ from .triton_chunk import (
 )
 from .triton_sums import IGNORED, count_kept, counter, finish
 
-MOST_STEPS = 64
 # Most elements of a chunk: with more, threads spill registers. Chunks of more than four rows have half, as each row of
 # a thread takes some twenty registers, and a quarter where a thread, reading single logits, has more of the rows.
 TILE = 4096
@@ -307,8 +306,6 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
 
 def _launch(logits, tensors, numbers, objective):
     T, B, K = logits.shape
-    if T > MOST_STEPS:
-        raise ValueError(f"logits must have at most {MOST_STEPS} time steps for the Triton kernel; got {T}.")
     teacher_logits, labels, *_ = tensors
     teacher = logits[0] if teacher_logits is None else teacher_logits
     rows = logits.stride(2) == 1 and teacher.stride(1) == 1

@@ -63,7 +63,7 @@ def seal_loss(
             checked on the CPU only: reading them from a GPU would wait for it.
     """
     _require_logits(logits)
-    B, K = logits.shape[1:]
+    T, B, K = logits.shape
     require_float_tensor("teacher_logits", teacher_logits, "[B, K]")
     require_device("teacher_logits", teacher_logits, "logits", logits)
     if teacher_logits.shape != (B, K):
@@ -74,7 +74,7 @@ def seal_loss(
     require_number("temperature", temperature, above=0.0)
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}.")
-    chosen = resolve(backend, "seal_loss", logits.device, logits.dtype)
+    chosen = resolve(backend, "seal_loss", logits.device, logits.dtype, T)
     if chosen == "torch":
         parts = reference.seal_loss(
             logits, teacher_logits, labels, alpha=alpha, beta=beta, temperature=temperature, objective=objective
@@ -104,7 +104,7 @@ def selective_alignment_weights(logits: torch.Tensor, *, backend: str = "auto") 
         ValueError: logits has the wrong shape, or the named backend cannot run.
     """
     _require_logits(logits)
-    chosen = resolve(backend, "selective_alignment_weights", logits.device, logits.dtype)
+    chosen = resolve(backend, "selective_alignment_weights", logits.device, logits.dtype, len(logits))
     if chosen == "torch":
         return reference.selective_alignment_weights(logits)
     return _weights(logits.detach(), chosen)

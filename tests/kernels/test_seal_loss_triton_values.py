@@ -19,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
         "torch finds no GPU; test_seal_loss_triton.py runs this file in the interpreter", allow_module_level=True
     )
 
+import seal_fast
 from golden import CASES, arrays, tensor
 from seal_fast.kernels.seal_loss import reference
 from seal_fast.kernels.seal_loss import triton as kernel
@@ -110,8 +111,11 @@ def test_samples_that_do_not_fit_into_registers(T, K, objective):
 
 def test_sixty_four_time_steps_and_no_more():
     check(*inputs(64, 1, 7))
-    with pytest.raises(ValueError, match="at most 64 time steps"):
-        run(*inputs(65, 1, 7))
+    more = inputs(65, 1, 7)
+    with pytest.raises(ValueError, match=r"it takes up to 64 time steps, and these are 65; .*torch can"):
+        seal_fast.seal_loss(*more, alpha=0.6, beta=0.15, backend="triton")
+    with pytest.raises(ValueError, match=r"it takes up to 64 time steps, and these are 65; .*torch can"):
+        seal_fast.selective_alignment_weights(more[0], backend="triton")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
