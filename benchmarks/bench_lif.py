@@ -6,6 +6,8 @@
 The floor is a read and a write of each neuron-step forward, two reads and a write backward.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -63,22 +65,30 @@ def check(function, x, upstream, dtype):
     assert (got - right).abs().mean() <= (0.02 if dtype == torch.bfloat16 else 1e-5) * right.abs().mean() + 1e-6
 
 
+@pytest.mark.benchmark(timer=measure.replay)
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize(("neurons", "steps", "dtype", "layout", "mode"), list(cases()), ids=str)
 def test_lif(contest, tiny, neurons, steps, dtype, layout, mode, contestant):
-    function, shape = CONTESTANTS[contestant], NEURONS[neurons]
+    shape = NEURONS[neurons]
     if tiny:
         shape = (2, *(min(size, 4) for size in shape[1:]))
-    x, upstream = (rows(shape, steps, DTYPES[dtype], layout, seed) for seed in (0, 1))
-    check(function, x, upstream, DTYPES[dtype])
-    x.requires_grad_(mode != "forward")
-    if mode == "forward":
-        step = torch.no_grad()(lambda: function(x))
-    elif mode == "backward":
-        spikes = function(x)
-        step = lambda: torch.autograd.grad(spikes, x, upstream, retain_graph=True)
-    else:
-        step = lambda: torch.autograd.grad(function(x), x, upstream)
-    tensor_bytes = x.numel() * x.element_size()
+
+    def prepare():
+        x, upstream = (rows(shape, steps, DTYPES[dtype], layout, seed) for seed in (0, 1))
+        return lambda name: step_of(CONTESTANTS[name], x, upstream, DTYPES[dtype], mode)
+
+    tensor_bytes = steps * math.prod(shape) * DTYPES[dtype].itemsize
     group = f"lif {mode}, {neurons}, T {steps}, {dtype}, {layout}"
-    contest(group, contestant, step, floor_bytes=TRAFFIC[mode] * tensor_bytes, tensor_bytes=tensor_bytes)
+    contest(group, contestant, prepare, floor_bytes=TRAFFIC[mode] * tensor_bytes, tensor_bytes=tensor_bytes)
+
+
+def step_of(function, x, upstream, dtype, mode):
+    """What is timed of a contestant, after a check of what it computes."""
+    check(function, x, upstream, dtype)
+    if mode == "forward":
+        return torch.no_grad()(lambda: function(x))
+    leaf = x.detach().requires_grad_()
+    if mode == "both":
+        return lambda: torch.autograd.grad(function(leaf), leaf, upstream)
+    spikes = function(leaf)
+    return lambda: torch.autograd.grad(spikes, leaf, upstream, retain_graph=True)

@@ -38,9 +38,11 @@ def recorded(*networks: nn.Module) -> Iterator[list[Layer]]:
             handle.remove()
 
 
-def convolutions(layers: list[Layer], dtype: torch.dtype) -> Callable[[], None]:
-    """A function that runs all layers in `dtype` and channels_last: forward, and backward where they train."""
-    calls = [_call(layer, dtype) for layer in layers]
+def convolutions(
+    layers: list[Layer], dtype: torch.dtype, memory_format: torch.memory_format = torch.channels_last
+) -> Callable[[], None]:
+    """A function that runs all layers in `dtype` and that layout: forward, and backward where they train."""
+    calls = [_call(layer, dtype, memory_format) for layer in layers]
 
     def run():
         for call in calls:
@@ -49,19 +51,19 @@ def convolutions(layers: list[Layer], dtype: torch.dtype) -> Callable[[], None]:
     return run
 
 
-def _call(layer: Layer, dtype: torch.dtype) -> Callable[[], object]:
-    module = copy.deepcopy(layer.module).to(dtype=dtype, memory_format=torch.channels_last)
+def _call(layer: Layer, dtype: torch.dtype, layout: torch.memory_format) -> Callable[[], object]:
+    module = copy.deepcopy(layer.module).to(dtype=dtype, memory_format=layout)
     run, device = module.forward, module.weight.device
-    x = _random(layer.shape, dtype, device)
+    x = _random(layer.shape, dtype, device, layout)
     if not layer.trains:
         return torch.no_grad()(lambda: run(x))
     x.requires_grad_(layer.input_gradient)
     wanted = [tensor for tensor in (x, *module.parameters()) if tensor.requires_grad]
     with torch.no_grad():
-        upstream = _random(run(x).shape, dtype, device)
+        upstream = _random(run(x).shape, dtype, device, layout)
     return lambda: torch.autograd.grad(run(x), wanted, upstream)
 
 
-def _random(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _random(shape, dtype, device, layout) -> torch.Tensor:
     x = torch.randn(shape, device=device).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    return x.contiguous(memory_format=layout) if x.dim() == 4 else x

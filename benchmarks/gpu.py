@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one command that needs no network: make gpu.
 
 Installs the project into the running Python if it is not there, then runs the tests with the GPU's kernels,
-compute-sanitizer where it is installed, and the benchmarks, and writes benchmarks/results/<gpu>-<date>-<commit>.json
-with the machine, the versions, the commit, what passed and every figure. Ends with an error if anything failed.
+compute-sanitizer where it is installed, and, if they pass, the benchmarks. Writes benchmarks/results/<gpu>.csv with
+every figure, the machine, the versions, the commit and what passed, and its plots. Fails if anything failed.
 
     python benchmarks/gpu.py training      one step alone, with all the time: here also what torch.compile needs for it
 
@@ -11,43 +11,23 @@ Folders named in SPIKINGJELLY, separated as in PATH, each with another version o
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import tables
+from steps import ROOT, finish, run
+
 # Seconds; under ten minutes together, which is what one step may take that runs alone.
 LIMITS = {"tests": 200, "memcheck": 50, "racecheck": 50, "benchmarks": 170, "training": 120}
 ALONE = 590
 STEPS = ("tests", "sanitizer", "benchmarks", "training")
 SANITIZED = ROOT / "benchmarks" / "sanitized.py"
-
-
-def run(name: str, command: list[str], limit: float, **environment: str) -> dict:
-    """Run a step and show its output: how it ended, and how long it took."""
-    print(f"\n==> {name}: {' '.join(command)}", flush=True)
-    start = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
-    try:
-        code = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        code = -1
-        process.send_signal(signal.SIGINT)  # pytest then writes the figures that it has
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        print(f"{name} took longer than {limit:.0f} s and was stopped", flush=True)
-    return {"step": name, "passed": code == 0, "seconds": round(time.monotonic() - start, 1)}
 
 
 def install() -> None:
@@ -70,8 +50,8 @@ def install() -> None:
 
 def benchmark(
     folder: Path, name: str, files: list[str], chosen: str, of_peers: str, limit: float
-) -> tuple[list[dict], list[dict], dict]:
-    """Benchmarks, once for each version of SpikingJelly.
+) -> tuple[list[dict], list[dict]]:
+    """Benchmarks, once for each version of SpikingJelly; groups of the others are named after it.
 
     Args:
         folder: For figures.
@@ -82,10 +62,10 @@ def benchmark(
         limit: Seconds for all versions together.
 
     Returns:
-        Steps, figures, and the machine.
+        Steps, and what pytest-benchmark wrote.
     """
     others = [path for path in os.environ.get("SPIKINGJELLY", "").split(os.pathsep) if path]
-    steps, figures, machine = [], [], {}
+    steps, contents = [], []
     for number, peer in enumerate(["", *others]):
         path = folder / f"{name}-{number}.json"
         command = [sys.executable, "-m", "pytest", *files, "--seconds=0.1", f"--benchmark-json={path}"]
@@ -100,22 +80,10 @@ def benchmark(
         steps.append(run(f"{name} {peer}".strip(), command, limit / (1 + len(others)), PYTHONPATH=python_path))
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
-            machine = machine or content["machine_info"]
-            figures += [
-                {"group": entry["group"], "milliseconds": entry["stats"]["min"] * 1e3, **entry["extra_info"]}
-                for entry in content["benchmarks"]
-            ]
-    return steps, figures, machine
-
-
-def commit() -> str:
-    """The commit of the sources, marked where they differ from it."""
-    git = shutil.which("git")
-    if git is None or not (ROOT / ".git").exists():
-        return "unknown"
-    head = subprocess.run([git, "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    changed = subprocess.run([git, "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
-    return (head.strip() or "unknown") + ("-changed" if changed.strip() else "")
+            for entry in content["benchmarks"] if peer else ():
+                entry["group"] += f" (SpikingJelly {content['machine_info']['versions']['spikingjelly']})"
+            contents.append(content)
+    return steps, contents
 
 
 def check(steps: list[str], limits: dict[str, float]) -> list[dict]:
@@ -136,9 +104,9 @@ def check(steps: list[str], limits: dict[str, float]) -> list[dict]:
     return done
 
 
-def measure(steps: list[str], limits: dict[str, float]) -> tuple[list[dict], list[dict], dict]:
-    """Run the benchmarks that `steps` names: what ran, figures, and the machine."""
-    done, figures, machine = [], [], {}
+def measure(steps: list[str], limits: dict[str, float]) -> tuple[list[dict], list[dict]]:
+    """Run the benchmarks that `steps` names: what ran, and what pytest-benchmark wrote."""
+    done, contents = [], []
     with tempfile.TemporaryDirectory() as folder:
         training = "benchmarks/bench_train.py"
         # The kernels are compared with each other version alone; torch's loops were timed in the first run.
@@ -147,9 +115,9 @@ def measure(steps: list[str], limits: dict[str, float]) -> tuple[list[dict], lis
         whole = [training], "" if steps == ["training"] else "not compile", "control"
         for name, options in {"benchmarks": kernels, "training": whole}.items():
             if name in steps:
-                ran, timed, found = benchmark(Path(folder), name, *options, limits[name])
-                done, figures, machine = done + ran, figures + timed, machine or found
-    return done, figures, machine
+                ran, timed = benchmark(Path(folder), name, *options, limits[name])
+                done, contents = done + ran, contents + timed
+    return done, contents
 
 
 def main(arguments: list[str]) -> int:
@@ -166,21 +134,14 @@ def main(arguments: list[str]) -> int:
     install()
     chosen = arguments or list(STEPS)
     limits = LIMITS if len(chosen) > 1 else {name: ALONE / 2 if "check" in name else ALONE for name in LIMITS}
-    steps = check(chosen, limits)
-    timed, figures, machine = measure(chosen, limits)
-    steps += timed
-
-    today, gpu = datetime.date.today().isoformat(), torch.cuda.get_device_name(0)
-    results = {"gpu": gpu, "date": today, "commit": commit(), "machine": machine, "steps": steps, "figures": figures}
-    target = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results"))
-    target.mkdir(parents=True, exist_ok=True)
-    names = [gpu.replace(" ", "-"), today, results["commit"], *arguments]
-    path = target / f"{'-'.join(names)}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"\n==> {path}")
-    for step in steps:
-        print(f"{'passed' if step['passed'] else 'FAILED'}  {step['step']}  {step['seconds']} s")
-    return 0 if all(step["passed"] for step in steps) else 1
+    done = check(chosen, limits)
+    contents = []
+    if all(step["passed"] for step in done):
+        timed, contents = measure(chosen, limits)
+        done += timed
+    elif set(chosen) & {"benchmarks", "training"}:
+        print("\nnothing is timed, because a check failed")
+    return finish(done, contents, Path(os.environ.get("OUT", tables.FOLDER)))
 
 
 if __name__ == "__main__":

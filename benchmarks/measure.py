@@ -110,6 +110,12 @@ def race(steps: dict[str, Callable[[], object]], seconds: float, least: int) -> 
     return times
 
 
+def spread(times: list[float]) -> tuple[float, float]:
+    """Between which of the times all but the fastest and the slowest tenth lie."""
+    ordered, tenth = sorted(times), len(times) // 10
+    return ordered[tenth], ordered[-1 - tenth]
+
+
 def kept_bytes(forward: Callable[[], torch.Tensor], apart: Iterable[torch.Tensor]) -> int:
     """Bytes that autograd keeps for the backward pass of `forward`, each storage once.
 

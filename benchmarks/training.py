@@ -103,12 +103,14 @@ class Step:
         forward: Computes the loss.
         optimizer: Of the student.
         student: The network.
+        teacher: The network whose logits it learns from.
         note: What the contestant chose by itself.
     """
 
     forward: Callable[[], torch.Tensor]
     optimizer: torch.optim.Optimizer
     student: nn.Module
+    teacher: nn.Module
     note: str = ""
 
     def __call__(self) -> torch.Tensor:
@@ -147,7 +149,7 @@ def ours(problem: Problem, amp: torch.dtype | None, packed: bool = False) -> Ste
         with seal_fast.packed_spikes():
             return forward()
 
-    return Step(packed_forward if packed else forward, torch.optim.SGD(groups, **SGD, fused=True), student)
+    return Step(packed_forward if packed else forward, torch.optim.SGD(groups, **SGD, fused=True), student, teacher)
 
 
 # What others get.
@@ -172,13 +174,13 @@ def eager(problem: Problem) -> Step:
     student = published_student(problem, looped(problem.case))
     loss = published.Distillation(student, problem.teacher, WEIGHTS)
     optimizer = torch.optim.SGD(published.parameter_groups(student, WEIGHT_DECAY), **SGD)
-    return Step(lambda: loss(problem.inputs, problem.labels), optimizer, student)
+    return Step(lambda: loss(problem.inputs, problem.labels), optimizer, student, loss.teacher)
 
 
 def compiled(problem: Problem) -> Step:
     """The published step, its forward and backward pass compiled."""
     step = eager(problem)
-    return Step(torch.compile(step.forward, dynamic=False), step.optimizer, step.student)
+    return Step(torch.compile(step.forward, dynamic=False), step.optimizer, step.student, step.teacher)
 
 
 def control(problem: Problem, neurons: str | None = None) -> Step:
@@ -206,7 +208,7 @@ def _control(problem: Problem, neuron: Callable[[], nn.Module]) -> Step:
     teacher = copy.deepcopy(problem.teacher).to(dtype=torch.bfloat16, **fast)
     loss = published.Distillation(student, teacher, WEIGHTS, torch.bfloat16)
     optimizer = torch.optim.SGD(published.parameter_groups(student, WEIGHT_DECAY), **SGD, fused=True)
-    return Step(lambda: loss(problem.inputs, problem.labels), optimizer, student)
+    return Step(lambda: loss(problem.inputs, problem.labels), optimizer, student, loss.teacher)
 
 
 def floor(problem: Problem, dtype: torch.dtype) -> Callable[[], None]:

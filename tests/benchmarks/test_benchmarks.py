@@ -1,6 +1,5 @@
 """The benchmarks run, in their smallest sizes, and say what they should."""
 
-import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -9,48 +8,129 @@ from pathlib import Path
 import pytest
 import torch
 
+import cpu
+import gpu
+import tables
+
 ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
-def test_lif_benchmark(tmp_path):
-    path = tmp_path / "figures.json"
-    # Without torch.compile, which takes seconds for each case.
-    chosen = "resnet18.layer1-4 and contiguous and not compile"
-    result = run("-m", "pytest", "benchmarks/bench_lif.py", "--tiny", f"--benchmark-json={path}", "-k", chosen)
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """All that make bench does after its tests, in the smallest sizes: its output, and the table that it wrote."""
+    folder = tmp_path_factory.mktemp("results")
+    result = run("benchmarks/cpu.py", "--tiny", "--results", str(folder))
     assert result.returncode == 0, result.stdout + result.stderr
-    figures = json.loads(path.read_text(encoding="utf-8"))
-    assert figures["machine_info"]["versions"]["torch"] == version("torch")
-    assert {entry["extra_info"]["contestant"] for entry in figures["benchmarks"]} >= {"torch loop"}
-    assert all(entry["extra_info"]["share_of_copy_bandwidth"] > 0 for entry in figures["benchmarks"])
-    groups = {entry["group"] for entry in figures["benchmarks"]}
-    modes = ("forward", "backward", "both")
-    assert groups == {f"lif {m}, resnet18.layer1, T 4, {d}, contiguous" for m in modes for d in ("f32", "bf16")}
-    for group in groups:
-        assert f"\n{group}\n" in result.stdout
+    (path,) = folder.glob("*.csv")
+    return result.stdout, path, tables.read(path)
 
 
-def test_training_benchmark(tmp_path):
-    path = tmp_path / "figures.json"
-    chosen = "resnet18-cifar and not compile"
-    result = run("-m", "pytest", "benchmarks/bench_train.py", "--tiny", f"--benchmark-json={path}", "-k", chosen)
-    assert result.returncode == 0, result.stdout + result.stderr
-    entries = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
-    figures = {entry["extra_info"]["contestant"]: entry["extra_info"] for entry in entries}
+def of(table, benchmark, quantity="time"):
+    """Group -> contestant -> value."""
+    found = {}
+    for row in table:
+        if (row["benchmark"], row["quantity"]) == (benchmark, quantity):
+            found.setdefault(row["group"], {})[row["contestant"]] = row["value"]
+    return found
+
+
+def test_every_row_says_where_it_comes_from(tiny):
+    _, _, table = tiny
+    assert {row["benchmark"] for row in table} == {"lif", "seal_loss", "scaling", "train", "parts", "checks"}
+    for row in table:
+        assert row["machine"]
+        assert f"torch {version('torch')}" in row["versions"]
+        assert row["date"]
+    times = [row for row in table if row["quantity"] == "time" and row["benchmark"] != "checks"]
+    assert all(0 < row["low"] <= row["value"] <= row["high"] for row in times)
+
+
+def test_kernels_are_raced(tiny):
+    output, _, table = tiny
+    groups = of(table, "lif")
+    assert len(groups) == 12
+    assert "lif both, resnet18.layer1, T 16, bf16, contiguous" in groups
+    for group, contestants in groups.items():
+        assert {"seal-fast cpu", "torch loop"} <= set(contestants)
+        assert f"\n{group}\n" in output
+    assert all({"published, eager"} < set(contestants) for contestants in of(table, "seal_loss").values())
+    shares = [row["value"] for row in table if row["quantity"] == "share_of_copy_bandwidth"]
+    assert shares
+    assert all(share > 0 for share in shares)
+
+
+def test_training_step_is_raced(tiny):
+    output, _, table = tiny
+    ((group, times),) = of(table, "train", "best_time").items()
+    assert group == "training step, resnet18-cifar: resnet18 <- resnet34, T 2, 2 x [3, 16, 16]"
+    assert f"\n{group}\n" in output
     floors = {f"convolutions alone, {dtype}" for dtype in ("float32", "bfloat16")}
-    assert set(figures) >= {"published, eager", "ours, float32", "ours, bfloat16", *floors}
-    for entry in entries:
-        extra = entry["extra_info"]
-        assert extra["images_per_second"] == pytest.approx(2 / entry["stats"]["min"])
-        assert 0 < extra["images_per_second_median"] <= extra["images_per_second"]
-        assert (extra["time_of_floor"] == 1) == (extra["contestant"] in floors)
-        assert (extra["kept_bytes_per_neuron_step"] is None) == (extra["contestant"] in floors)
-    assert figures["published, eager"]["speed_of_first"] == 1
-    assert entries[0]["group"] == "training step, resnet18-cifar: resnet18 <- resnet34, T 2, 2 x [3, 16, 16]"
-    assert f"\n{entries[0]['group']}\n" in result.stdout
+    assert set(times) >= {"published, eager", "ours, float32", "ours, bfloat16", *floors}
+    speeds, of_floor = (of(table, "train", name)[group] for name in ("speed_of_first", "time_of_floor"))
+    for contestant, seconds in times.items():
+        assert speeds[contestant] == pytest.approx(times["published, eager"] / seconds, rel=1e-4)
+        assert (of_floor[contestant] == 1) == (contestant in floors)
+    assert set(of(table, "train", "kept_bytes_per_neuron_step")[group]) == set(times) - floors
+
+
+def test_parts_make_up_the_step(tiny):
+    _, _, table = tiny
+    ((_, times),) = of(table, "parts").items()
+    assert set(times) == {"published, eager", "ours, float32", "ours, bfloat16"}
+    for contestant, seconds in times.items():
+        parts = [
+            row["value"]
+            for row in table
+            if (row["benchmark"], row["contestant"]) == ("parts", contestant)
+            and row["quantity"].endswith("_seconds")
+            and row["quantity"] != "data_wait_seconds"
+        ]
+        assert len(parts) == 4
+        assert sum(parts) == pytest.approx(seconds, rel=1e-3)
+
+
+def test_plots_are_drawn(tiny):
+    _, path, _ = tiny
+    drawn = {file.stem for file in path.with_suffix("").glob("*.png")}
+    assert drawn == {"speed-over-T", "kept-over-T", "step"}  # memory is measured in its full size only
+
+
+def test_nothing_is_timed_after_a_failed_test(tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("def test_broken():\n    raise AssertionError\n", encoding="utf-8")
+    monkeypatch.setattr(cpu, "GATE", (str(broken), "-c", str(ROOT / "pyproject.toml")))
+    assert cpu.main(["--results", str(tmp_path)]) == 1
+    output = capsys.readouterr().out
+    assert "nothing is timed, because a test failed" in output
+    assert "FAILED  tests" in output
+    assert not list(tmp_path.glob("*.csv"))
+
+
+def test_gpu_command_collects_what_it_times(tmp_path, monkeypatch):
+    """Its benchmarks with another version of SpikingJelly, and its table; on any device."""
+    other = tmp_path / "other"
+    (other / "spikingjelly-0.9.dist-info").mkdir(parents=True)
+    (other / "spikingjelly-0.9.dist-info" / "METADATA").write_text(
+        "Name: spikingjelly\nVersion: 0.9\n", encoding="utf-8"
+    )
+    monkeypatch.setenv("SPIKINGJELLY", str(other))
+    chosen = "cifar100 and both and not compile"
+    files = ["benchmarks/bench_seal_loss.py", "--tiny"]
+    steps, contents = gpu.benchmark(tmp_path, "benchmarks", files, chosen, f"{chosen} and seal-fast", 300)
+    assert [step["passed"] for step in steps] == [True, True]
+    assert gpu.finish([*steps, {"step": "tests", "passed": False, "seconds": 1.5}], contents, tmp_path / "results") == 1
+    (path,) = (tmp_path / "results").glob("*.csv")
+    table = tables.read(path)
+    group = "seal_loss both, cifar100 [4, 2, 8]"
+    times = of(table, "seal_loss")
+    assert set(times) == {group, f"{group} (SpikingJelly 0.9)"}
+    assert "published, eager" in times[group]
+    assert set(times[f"{group} (SpikingJelly 0.9)"]) < set(times[group])
+    assert of(table, "checks", "passed") == {"benchmarks": {"": 1}, f"benchmarks {other}": {"": 1}, "tests": {"": 0}}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu itself runs where there is a GPU")

@@ -1,0 +1,62 @@
+"""What a processor makes of it, in one command: make bench.
+
+Runs the tests of what is timed, and, if they pass, the benchmarks in less than ten minutes on two cores; writes
+benchmarks/results/<processor>.csv with every figure, the machine, the versions and the commit, and its plots.
+
+    python benchmarks/cpu.py --tiny      smallest sizes: a check that all of it runs; --results FOLDER keeps it apart
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import tables
+from steps import finish, run
+
+GATE = (
+    *(f"tests/seal_fast/test_golden_{name}.py" for name in ("lif", "loss", "models")),
+    *(f"tests/kernels/test_{name}_cpu.py" for name in ("lif", "bn_lif", "seal_loss")),
+)
+# file -> pytest's expression for what is timed. torch.compile needs minutes for a training step.
+BENCHMARKS = {
+    "bench_lif.py": "resnet18.layer1 and not channels_last and (layer1-4 or both) and not compile or "
+    "resnet18.layer1-4-f32-contiguous-both",
+    "bench_seal_loss.py": "both and (cifar100 or imagenet or dvs)",
+    "bench_scaling.py": "",
+    "bench_train.py": "resnet18-cifar and not compile",
+    "bench_parts.py": "",
+}
+LIMIT = 590  # seconds for one step, a bound against hanging
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes, and no tests before")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each contestant (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=tables.FOLDER, help="folder of the results")
+    args = parser.parse_args(arguments)
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    done, contents = [], []
+    if not args.tiny:
+        done.append(run("tests", [*pytest, *GATE], LIMIT))
+        if not done[0]["passed"]:
+            print("\nnothing is timed, because a test failed")
+            return finish(done, contents, args.results)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, chosen in BENCHMARKS.items():
+            path = Path(folder) / f"{name}.json"
+            command = [*pytest, f"benchmarks/{name}", "-k", chosen, f"--seconds={args.seconds}"]
+            command += [f"--benchmark-json={path}", "--benchmark-columns=min,median,rounds", "--benchmark-quiet"]
+            done.append(run(name, [*command, *(["--tiny"] if args.tiny else [])], LIMIT))
+            if path.exists():
+                contents.append(json.loads(path.read_text(encoding="utf-8")))
+    return finish(done, contents, args.results)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

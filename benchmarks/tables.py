@@ -1,0 +1,171 @@
+"""Figures of a machine as one tidy table: a row for each quantity of each contestant.
+
+python benchmarks/tables.py FIGURES.json ...          pytest-benchmark's JSON -> results/MACHINE.csv, and plots
+python benchmarks/tables.py compare A.csv B.csv       whether two runs agree within their spread
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "results"
+COLUMNS = (
+    *("benchmark", "group", "contestant", "quantity", "value", "low", "high", "unit", "rounds"),
+    *("machine", "versions", "commit", "date"),
+)
+# What a benchmark notes about a contestant beside its time, and the unit.
+QUANTITIES = {
+    "share_of_copy_bandwidth": "1",
+    "images_per_second_median": "1/s",
+    "speed_of_first": "1",
+    "time_of_floor": "1",
+    "peak_bytes": "B",
+    "kept_bytes": "B",
+    "kept_bytes_per_neuron_step": "B",
+    **{f"{part}_seconds": "s" for part in ("convolutions", "teacher", "loss", "rest", "data_wait")},
+}
+
+
+def rows(content: dict) -> list[dict]:
+    """Rows of what pytest-benchmark wrote. Times are medians, with the bounds of all but the outer tenths."""
+    found = []
+    facts = content["machine_info"]
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    commit = content["commit_info"]
+    shared = {
+        "machine": facts.get("gpu") or facts["cpu"],
+        "versions": versions,
+        "commit": f"{commit['id'][:12]}{'-changed' if commit['dirty'] else ''}",
+        "date": content["datetime"][:10],
+    }
+    for entry in content["benchmarks"]:
+        extra, times = entry["extra_info"], entry["stats"]
+        own = {
+            **shared,
+            "benchmark": Path(entry["fullname"].split("::")[0]).stem.removeprefix("bench_"),
+            "group": entry["group"],
+            "contestant": extra["contestant"],
+            "rounds": times["rounds"],
+            "low": None,
+            "high": None,
+        }
+        low, high = extra.get("low", times["min"]), extra.get("high", times["max"])
+        found.append({**own, "quantity": "time", "value": times["median"], "low": low, "high": high, "unit": "s"})
+        found.append({**own, "quantity": "best_time", "value": times["min"], "unit": "s"})
+        for name, unit in QUANTITIES.items():
+            if extra.get(name) is not None:
+                found.append({**own, "quantity": name, "value": extra[name], "unit": unit})
+    return found
+
+
+def file_of(machine: str) -> Path:
+    """Where the figures of a machine are kept."""
+    return FOLDER / f"{re.sub('[^a-z0-9]+', '-', machine.split(', compute')[0].lower()).strip('-')}.csv"
+
+
+def write(path: Path, table: list[dict]) -> None:
+    """Write rows to a CSV file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in table:
+            writer.writerow({name: _text(row.get(name)) for name in COLUMNS})
+
+
+def _text(value) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def read(path: Path) -> list[dict]:
+    """Rows of a CSV file, their numbers as such."""
+    with open(path, newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    for row in table:
+        for name in ("value", "low", "high"):
+            row[name] = float(row[name]) if row[name] else None
+    return table
+
+
+def value(table: list[dict], benchmark: str, group: str, contestant: str, quantity: str) -> float:
+    """One figure; `group` is the beginning of its name."""
+    found = [
+        row["value"]
+        for row in table
+        if (row["benchmark"], row["contestant"], row["quantity"]) == (benchmark, contestant, quantity)
+        and row["group"].startswith(group)
+    ]
+    if len(found) != 1:
+        raise LookupError(f"{len(found)} rows for {benchmark}, {group}, {contestant}, {quantity} instead of one.")
+    return found[0]
+
+
+def exponent(times: dict[float, float]) -> float:
+    """The p of time ~ size^p over the upper half of the sizes, by least squares of the logarithms.
+
+    Args:
+        times: Size -> seconds, of two sizes or more.
+    """
+    points = [(math.log(size), math.log(seconds)) for size, seconds in sorted(times.items())]
+    upper = points[-max(2, (len(points) + 1) // 2) :]
+    return statistics.linear_regression(*zip(*upper, strict=True)).slope
+
+
+def differences(first: list[dict], second: list[dict]) -> tuple[list[str], int]:
+    """Times whose medians differ by more than the spread of both together, in words; and how many were compared."""
+    key = ("benchmark", "group", "contestant")
+    before = {tuple(row[name] for name in key): row for row in first if row["quantity"] == "time"}
+    found, compared = [], 0
+    for row in second:
+        other = before.get(tuple(row[name] for name in key))
+        if row["quantity"] != "time" or other is None:
+            continue
+        compared += 1
+        if max(row["low"], other["low"]) > min(row["high"], other["high"]):
+            change = row["value"] / other["value"] - 1
+            found.append(f"{row['group']}, {row['contestant']}: {change:+.0%}")
+    return found, compared
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; return the exit status."""
+    if arguments[:1] == ["compare"] and len(arguments) == 3:
+        found, compared = differences(*(read(Path(name)) for name in arguments[1:]))
+        print("\n".join([f"{len(found)} of {compared} times differ by more than their spread", *found]))
+        return 1 if found else 0
+    if not arguments or arguments[0] == "compare":
+        print(__doc__.strip())
+        return 2
+    save([json.loads(Path(name).read_text(encoding="utf-8")) for name in arguments])
+    return 0
+
+
+def save(contents: list[dict], checks: list[dict] = (), folder: Path = FOLDER) -> Path:
+    """Write figures, and which checks passed before them, to their machine's table, and its plots beside it.
+
+    Returns:
+        The table's path.
+    """
+    import plots
+
+    table = [row for content in contents for row in rows(content)]
+    shared = {name: table[0][name] for name in ("machine", "versions", "commit", "date")}
+    for step in checks:
+        own = {**shared, "benchmark": "checks", "group": step["step"], "low": None, "high": None}
+        table.append({**own, "quantity": "passed", "value": float(step["passed"]), "unit": "1"})
+        table.append({**own, "quantity": "time", "value": step["seconds"], "unit": "s"})
+    path = folder / file_of(shared["machine"]).name
+    write(path, table)
+    plots.draw(read(path), path.with_suffix(""))
+    print(f"\n==> {path}, and plots in {path.with_suffix('')}", flush=True)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
