@@ -17,7 +17,9 @@ def run(name: str, command: list[str], limit: float, **environment: str) -> dict
     """Run a step and show its output: how it ended, and how long it took."""
     print(f"\n==> {name}: {' '.join(command)}", flush=True)
     start = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
+    # A worker of pytest-xdist may have started this; pytest-benchmark would take itself for one, and measure nothing.
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
+    process = subprocess.Popen(command, cwd=ROOT, env={**inherited, **environment})
     try:
         code = process.wait(limit)
     except subprocess.TimeoutExpired:

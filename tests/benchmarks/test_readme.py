@@ -1,0 +1,69 @@
+"""README's figures are those of the committed table."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import tables
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+TABLE = tables.read(tables.FOLDER / re.search(r"benchmarks/results/(\S+\.csv)", README)[1])
+STEP = "training step, resnet18-cifar: resnet18 <- resnet34, T 4, 32 x [3, 32, 32]"
+STEPS = {
+    "published formulation, eager float32": "published, eager",
+    "SpikingJelly 2.0.0, tuned: bfloat16, channels_last": "tuned control",
+    "seal-fast, float32": "ours, float32",
+    "seal-fast, bfloat16": "ours, bfloat16",
+    "seal-fast, bfloat16, packed spikes": "ours, bfloat16, packed",
+}
+KERNELS = {
+    "LIF, float32 [4, 32, 64, 32, 32]": (
+        "lif",
+        "lif both, resnet18.layer1, T 4, f32, contiguous",
+        "SpikingJelly 2.0.0",
+    ),
+    "loss [4, 128, 100]": ("seal_loss", "seal_loss both, cifar100", "published, eager"),
+    "loss [4, 512, 1000]": ("seal_loss", "seal_loss both, imagenet", "published, eager"),
+}
+
+
+def cells(name):
+    """The cells of README's row that begins with this name."""
+    (row,) = re.findall(rf"^\| {re.escape(name)} \|(.+)\|$", README, re.MULTILINE)
+    return [cell.strip() for cell in row.split("|")]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_training_step(name):
+    def value(quantity):
+        return tables.value(TABLE, "train", STEP, STEPS[name], quantity)
+
+    expected = [
+        f"{32 / value('best_time'):.1f}",
+        f"{value('time_of_floor'):.2f}",
+        f"{value('peak_bytes') / 2**20:,.0f}",
+        f"{value('kept_bytes_per_neuron_step'):.1f}",
+    ]
+    assert [cell.removesuffix(" MiB") for cell in cells(name)] == expected
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels(name):
+    benchmark, group, peer = KERNELS[name]
+    ours, theirs = (tables.value(TABLE, benchmark, group, contestant, "time") for contestant in ("seal-fast cpu", peer))
+    assert cells(name) == [f"{1e3 * ours:.2f} ms", f"{1e3 * theirs:.2f} ms", f"{theirs / ours:.1f}"]
+
+
+def test_every_row_is_compared():
+    rows = re.findall(r"^\| ([^|]+?) \| [\d.]+ ", README, re.MULTILINE)
+    assert set(rows) == {*STEPS, *KERNELS}
+
+
+def test_conditions_are_those_of_the_table():
+    speed = README.split("## Speed")[1].split("\n## ")[0]
+    (versions,) = {row["versions"] for row in TABLE}
+    torch = re.search(r"torch ([\d.]+)", versions)[1]
+    assert f"PyTorch {torch}" in speed
+    assert {row["machine"] for row in TABLE} == {"AMD EPYC, 2 threads"}
+    assert "two cores of an AMD EPYC" in speed
