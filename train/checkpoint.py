@@ -2,22 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from seal_fast.models import TEACHERS, teacher
-from seal_fast.train.options import UsageError
+from seal_fast.train.errors import UsageError
 
 
 def save(content: dict, path: Path) -> None:
-    """Write `content` to `path`; what was there before stays until the new file is complete."""
+    """Write `content` to `path`; what was there before stays until the new file is complete, and then is gone."""
+    # Into memory first: torch's own writer tells of a full disk in words that name neither the disk nor the file.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(buffer.getbuffer(), path)
+
+
+def save_keeping_previous(content: dict, path: Path, previous: Path) -> None:
+    """Write `content` to `path`, and let what was there before be found at `previous`.
+
+    At each moment one of the two is a whole checkpoint.
+    """
+
+    def keep() -> None:
+        if path.exists():
+            link = previous.with_name(f"{previous.name}.partial")
+            try:
+                link.unlink(missing_ok=True)
+                os.link(path, link)
+                os.replace(link, previous)
+            except OSError:  # a file system without links: for a moment there is no `path`
+                os.replace(path, previous)
+
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(buffer.getbuffer(), path, before_rename=keep)
+
+
+def write(content: bytes | memoryview, path: Path, before_rename: Callable[[], None] = lambda: None) -> None:
+    """Write a file whole or not at all: it is on the disk under another name before it takes its own.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written to; what was at `path` is still there.
+    """
     partial = path.with_name(f"{path.name}.partial")
-    torch.save(content, partial)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        before_rename()
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    if os.name == "posix":  # the rename itself; elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def load(path: Path) -> dict:
@@ -47,10 +98,20 @@ def load_into(network: nn.Module, state: dict, path: Path, what: str) -> None:
     Raises:
         UsageError: They are not.
     """
-    mismatch = _mismatch(network.state_dict(), state)
+    require_match(network, state, path, what)
+    network.load_state_dict(state)
+
+
+def require_match(network: nn.Module, state: object, path: Path, what: str) -> None:
+    """See whether names and shapes of a state dict are those of the network.
+
+    Raises:
+        UsageError: They are not.
+    """
+    named = isinstance(state, dict) and all(_is_entry(name, value) for name, value in state.items())
+    mismatch = _mismatch(network.state_dict(), state) if named else "it is no state dict"
     if mismatch:
         raise UsageError(f"checkpoint {path} does not hold {what}: {mismatch}.")
-    network.load_state_dict(state)
 
 
 def load_teacher(path: Path, arch: str, *, num_classes: int, in_channels: int, stem: str | None) -> nn.Module:

@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 
 from seal_fast.models import folded, student
+from seal_fast.train import ranks
 from seal_fast.train.checkpoint import load_teacher
+from seal_fast.train.command import command
+from seal_fast.train.folder import Run
 from seal_fast.train.options import as_published, distill_parser, kernels_of
-from seal_fast.train.run import Run, command, prepare, splits_of, train
+from seal_fast.train.run import prepare, splits_of, train
 from seal_fast.train.step import AMP_DTYPES
 from seal_fast.train.tasks import DistillTask, tau_of
 from seal_fast.train.teacher import stem_of
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> dict:
         temperature=args.temperature,
         backend=kernels_of(args)["seal_loss"],
     )
-    folder = Run(args, f"distill-{args.dataset}-{args.stu_arch}-{args.method}")
+    folder = ranks.from_first(Run, args, f"distill-{args.dataset}-{args.stu_arch}-{args.method}")
     return train(args, task, splits, folder, spiking=True)
 
 

@@ -3,105 +3,118 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
 
 from seal_fast.models.snn import Neuron
+from seal_fast.train import ranks
+from seal_fast.train.batches import Batches
+from seal_fast.train.errors import TrainingError, UsageError
 from seal_fast.train.feed import Feed
-from seal_fast.train.options import UsageError
+from seal_fast.train.keeper import Keeper
+from seal_fast.train.meters import Meters
 from seal_fast.train.step import Step, autocast
 
 READ_EVERY = 10  # steps between readings of the meters: each reading waits for the device
+SKIPS = 20  # losses in a row that may be not finite where GradScaler skips their steps
+SMALLEST_SCALE = 1e-4  # GradScaler's, which halves with each step that it skips: below it something else is wrong
 
 
-class TrainingError(RuntimeError):
-    """Why a run cannot go on, in one sentence."""
+class Progress:
+    """The progress bar of an epoch, on the first rank.
 
+    Args:
+        title: Shown before it.
+        feed: Whose waiting is shown.
+        meters: Whose images are counted.
+        steps: Of the epoch.
+        done: Of them, before this process went on with it.
+        epochs_left: Epochs after this one, for the time that remains.
+    """
 
-class Meters:
-    """Sums of losses and hits that stay on the device until they are read."""
+    def __init__(self, title: str, feed: Feed, meters: Meters, *, steps: int, done: int, epochs_left: int):
+        self.feed, self.meters = feed, meters
+        self.steps, self.done, self.epochs_left = steps, done, epochs_left
+        self.begun = self.last = time.perf_counter()
+        self.last_step, self.last_images, self.last_waited = done, meters.images, feed.waited
+        # disable=None: no bar where the output is no terminal.
+        shown, hidden = "{desc} |{bar:8}| {n_fmt}/{total_fmt}{postfix}", None if ranks.first() else True
+        settings = {"bar_format": shown, "leave": False, "dynamic_ncols": True, "disable": hidden}
+        self.bar = tqdm(total=steps, initial=done, desc=title, **settings)
 
-    def __init__(self, device: torch.device):
-        self.sums: dict[str, torch.Tensor] = {}
-        self.images = 0
-        self.device = device
-
-    def add(self, outcome, labels: torch.Tensor) -> None:
-        """Add one step's losses, weighted by its images, and its hits."""
-        hits = (outcome.logits.float().mean(0).argmax(-1) == labels).sum()
-        values = {"loss": outcome.loss.detach(), **outcome.parts}
-        for name, value in values.items():
-            self._add(name, value.float() * len(labels))
-        self._add("accuracy", hits)
-        self.images += len(labels)
-
-    def _add(self, name: str, value: torch.Tensor) -> None:
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
-        total = self.sums.setdefault(name, torch.zeros((), dtype=dtype, device=self.device))
-        total += value
-
-    def read(self) -> dict[str, float]:
-        """Means so far; waits for the device."""
-        names = list(self.sums)
-        values = torch.stack([self.sums[name] for name in names]).tolist()
-        return {name: value / self.images for name, value in zip(names, values, strict=True)}
+    def show(self, step: int, means: dict[str, float]) -> None:
+        """Tell what the meters read after a step."""
+        now, images, waited = time.perf_counter(), self.meters.images, self.feed.waited
+        steps, seconds = step - self.last_step, now - self.last
+        left = self.steps - step + self.epochs_left * self.steps
+        remaining = (now - self.begun) / (step - self.done) * left
+        self.bar.set_postfix_str(
+            # What matters most comes first: a narrow terminal cuts the end.
+            f"ends in {tqdm.format_interval(int(remaining))}, loss {means['loss']:.3f}, "
+            f"acc {means['accuracy']:.1%}, {(images - self.last_images) / seconds:.0f} img/s, "
+            f"step {1e3 * seconds / steps:.0f} ms, data {1e3 * (waited - self.last_waited) / steps:.0f} ms"
+        )
+        self.last, self.last_step, self.last_images, self.last_waited = now, step, images, waited
 
 
 def train_epoch(
     step: Step,
     feed: Feed,
+    batches: Batches,
     *,
     title: str,
     epochs_left: int,
+    meters: Meters | None = None,
+    keeper: Keeper | None = None,
 ) -> dict[str, float]:
     """Train on every batch of the feed once.
 
     Args:
         step: What is done with a batch.
-        feed: Batches of (inputs, labels).
+        feed: Batches of (inputs, labels), or the parts of them.
+        batches: What the feed brings, begun after the steps that are done.
         title: Shown before the progress bar.
         epochs_left: Epochs after this one, for the time that remains.
+        meters: What the steps that are done added up to; by default nothing.
+        keeper: Saves inside the epoch.
 
     Returns:
         Mean losses by name, accuracy, seconds, images_per_second, and data_wait, the share of the time spent waiting
-        for data.
+        for data; with float16, skipped, the steps that GradScaler skipped.
 
     Raises:
         TrainingError: The loss is not finite.
+        StoppedError: A signal was received.
     """
     step.task.network.train()
-    meters = Meters(step.device)
-    start, waited = time.perf_counter(), feed.waited
-    last, last_images, last_waited = start, 0, waited
-    # disable=None: no bar where the output is no terminal.
-    shown = "{desc} |{bar:8}| {n_fmt}/{total_fmt}{postfix}"
-    bar = tqdm(total=len(feed), desc=title, bar_format=shown, leave=False, dynamic_ncols=True, disable=None)
-    for number, (inputs, labels) in enumerate(feed, 1):
-        outcome = step(inputs, labels)
-        meters.add(outcome, labels)
-        bar.update()
-        if number % READ_EVERY == 0 or number == len(feed):
-            means = meters.read()
-            if not means["loss"] < float("inf"):
-                raise TrainingError(f"the loss is not finite ({title.strip()}, step {number}): {means}.")
-            now = time.perf_counter()
-            steps = number % READ_EVERY or READ_EVERY
-            remaining = (now - start) / number * (len(feed) - number + epochs_left * len(feed))
-            bar.set_postfix_str(
-                # What matters most comes first: a narrow terminal cuts the end.
-                f"ends in {tqdm.format_interval(int(remaining))}, loss {means['loss']:.3f}, "
-                f"acc {means['accuracy']:.1%}, {(meters.images - last_images) / (now - last):.0f} img/s, "
-                f"step {1e3 * (now - last) / steps:.0f} ms, data {1e3 * (feed.waited - last_waited) / steps:.0f} ms"
-            )
-            last, last_images, last_waited = now, meters.images, feed.waited
-    bar.close()
-    seconds = time.perf_counter() - start
-    speed = {
-        "seconds": seconds,
-        "images_per_second": meters.images / seconds,
-        "data_wait": (feed.waited - waited) / seconds,
-    }
+    scaler = step.scaler
+    meters = meters or Meters(step.device)
+    progress = Progress(title, feed, meters, steps=batches.steps, done=batches.done, epochs_left=epochs_left)
+    meters.resume_clock(feed)
+    brought = iter(feed)
+    for number in range(batches.done + 1, batches.steps + 1):
+        parts = batches.parts(number)
+        for part in range(1, parts + 1):
+            inputs, labels = next(brought)
+            weight = ranks.size() * len(labels) / batches.images(number)
+            meters.add(step(inputs, labels, weight=weight, first=part == 1, last=part == parts), labels, number)
+        if step.skipped is not None:
+            meters.skipped = meters.skipped + step.skipped
+        progress.bar.update()
+        if number % READ_EVERY == 0 or number == batches.steps:
+            progress.show(number, meters.read())
+            if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
+                raise TrainingError(f"the gradient is not finite at step {number}, as in most of the steps before")
+        if keeper is not None:
+            keeper.after(number, meters, batches.steps)
+    progress.bar.close()
+    means = meters.read()
+    seconds, waited = meters.clock()
+    if scaler.is_enabled():
+        means["skipped"] = int(meters.skipped)
+    speed = {"seconds": seconds, "images_per_second": meters.images / seconds, "data_wait": waited / seconds}
     return {**means, **speed}
 
 
@@ -143,31 +156,42 @@ class SpikeRecorder:
             self.raster[name] = sample[:, units.to(sample.device)] > 0
 
     def rates(self) -> dict[str, float]:
-        """Mean spikes per neuron and time step of each layer, in the network's order."""
-        return {name: self.sums[name].cpu().item() / self.counts[name] for name in self.layers if name in self.sums}
+        """Mean spikes per neuron and time step of each layer, in the network's order, over all ranks."""
+        own = [self.sums[name].cpu().item() if name in self.sums else 0.0 for name in self.layers]
+        totals = ranks.total([*own, *self.counts.values()])
+        pairs = zip(self.layers, totals[: len(own)], totals[len(own) :], strict=True)
+        return {name: spikes / count for name, spikes, count in pairs if count}
 
 
 @torch.no_grad()
-def evaluate(task, feed: Feed, *, device: torch.device, amp: str) -> dict:
-    """Accuracy on every batch of the feed.
+def evaluate(task, feed: Feed, *, device: torch.device, amp: str, pause: Callable[[], None] = lambda: None) -> dict:
+    """Accuracy on every batch of the feed, and on those of the other ranks.
+
+    Args:
+        task: A task of `tasks.py`.
+        feed: Batches of (inputs, labels).
+        device: Where to evaluate.
+        amp: "off", "bf16" or "fp16".
+        pause: Called before each batch.
 
     Returns:
         accuracy; accuracy_at: of the mean over the first t steps, for t = 1…T; firing_rate by layer; raster by layer.
     """
     task.network.eval()
-    hits, images = None, 0
-    time_steps = getattr(task.network, "time_steps", 1)
-    with SpikeRecorder(task.network, time_steps) as recorder:
-        for inputs, labels in tqdm(feed, desc="evaluation", unit="step", leave=False, disable=None):
+    hits, images = torch.zeros(task.time_steps, dtype=torch.int64, device=device), 0
+    with SpikeRecorder(task.network, task.time_steps) as recorder:
+        hidden = None if ranks.first() else True
+        for inputs, labels in tqdm(feed, desc="evaluation", unit="step", leave=False, disable=hidden):
+            pause()
             with autocast(device, amp):
                 logits = task.predict(inputs)
             predictions = logits.float().cumsum(0).argmax(-1)  # the mean over t steps has the argmax of their sum
-            batch_hits = (predictions == labels).sum(1)
-            hits = batch_hits if hits is None else hits + batch_hits
+            hits = hits + (predictions == labels).sum(1)
             images += len(labels)
+    *hits, images = ranks.total([*hits.tolist(), images])
     if images == 0:
         raise UsageError("the validation set is empty.")
-    accuracy_at = [count / images for count in hits.tolist()]
+    accuracy_at = [count / images for count in hits]
     return {
         "accuracy": accuracy_at[-1],
         "accuracy_at": accuracy_at,

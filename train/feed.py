@@ -16,7 +16,7 @@ class Feed:
     for the loader only.
 
     Args:
-        loader: Batches (inputs, labels).
+        loader: Batches (inputs, labels), or (inputs, labels, draws) with the random numbers that `finish` takes.
         device: Where they go.
         finish: What is left to do to a batch of inputs on the device; None for nothing.
 
@@ -25,7 +25,7 @@ class Feed:
             still for less than that.
     """
 
-    def __init__(self, loader: Iterable, device: torch.device, finish: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, loader: Iterable, device: torch.device, finish: Callable[..., Tensor] | None = None):
         self.loader = loader
         self.device = device
         self.finish = finish
@@ -46,13 +46,13 @@ class Feed:
             yield self._bring(*batch) if stream is None else self._bring_beside(stream, *batch)
             asked = time.perf_counter()
 
-    def _bring(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        inputs, labels = inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        return inputs if self.finish is None else self.finish(inputs), labels
+    def _bring(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        inputs, labels, *draws = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        return inputs if self.finish is None else self.finish(inputs, *draws), labels
 
-    def _bring_beside(self, stream: torch.cuda.Stream, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _bring_beside(self, stream: torch.cuda.Stream, *batch: Tensor) -> tuple[Tensor, Tensor]:
         with torch.cuda.stream(stream):
-            batch = self._bring(inputs, labels)
+            batch = self._bring(*batch)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(stream)
         for tensor in batch:

@@ -12,7 +12,8 @@ import torch
 from seal_fast.backends import BACKENDS, available
 from seal_fast.backends import resolve as resolve_backend
 from seal_fast.models import STUDENTS, TEACHERS
-from seal_fast.train import data
+from seal_fast.train import data, ranks
+from seal_fast.train.errors import UsageError
 
 METHODS = ("seal", "ela", "sta", "kd", "tdkd", "ce")
 OPTIMISERS = ("SGDM", "ADAM", "ADAMW")
@@ -58,12 +59,9 @@ FREE_ON_RESUME = frozenset(
         "backend",
         "packed_spikes",
         "cuda_graph",
+        "save_every",
     ]
 )
-
-
-class UsageError(ValueError):
-    """What is wrong with the command, in one sentence."""
 
 
 def _table(role: str) -> str:
@@ -162,12 +160,22 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", help="run folder or checkpoint to go on from, or 'auto' for the newest run of this kind"
     )
+    parser.add_argument(
+        "--save_every",
+        default="10m",
+        help="save inside an epoch, too: each so many steps, or minutes as in 10m; 0 for never (default: %(default)s)",
+    )
     _add_switch(parser, "--auto_aug", None, "AutoAugment (default: as published for the dataset)")
     _add_switch(parser, "--cutout", None, "cutout (default: as published for the dataset)")
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--optim", choices=OPTIMISERS, default="SGDM", help="(default: %(default)s)")
     optimisation.add_argument("--scheduler", choices=("COSINE",), default="COSINE", help="(default: %(default)s)")
-    optimisation.add_argument("--train_batch_size", type=int, help="images a step (default: per dataset)")
+    optimisation.add_argument(
+        "--train_batch_size", type=int, help="images a step, on all processes together (default: per dataset)"
+    )
+    optimisation.add_argument(
+        "--accumulate", type=int, default=1, help="parts that a step's images pass in (default: %(default)s)"
+    )
     optimisation.add_argument("--val_batch_size", type=int, help="(default: per dataset)")
     optimisation.add_argument("--lr", type=float, help="learning rate (default: per dataset)")
     optimisation.add_argument("--wd", type=float, help="weight decay (default: per dataset)")
@@ -219,13 +227,12 @@ def resolve(args: argparse.Namespace, *, role: str) -> argparse.Namespace:
         args.num_workers = 0 if args.dataset == "DIGITS" else min(8, _processors())
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = ranks.own_device(args.device)
     _check_shared(args)
     if args.amp == "auto":
         args.amp = _default_amp(torch.device(args.device))
-    if args.cuda_graph and torch.device(args.device).type != "cuda":
-        raise UsageError(f"--cuda_graph needs a CUDA GPU; --device is {args.device}.")
-    if args.cuda_graph and args.amp == "fp16":
-        raise UsageError("--cuda_graph cannot skip the steps that --amp fp16 must skip; use --amp bf16.")
+    if args.cuda_graph:
+        _check_graph(args)
     if role == "student":
         _check_student(args)
     return args
@@ -250,11 +257,47 @@ def _check_shared(args: argparse.Namespace) -> None:
             "--train_batch_size must be at least 2, because batch norm estimates a variance over the batch; "
             f"got {args.train_batch_size}."
         )
+    _require("--accumulate", args.accumulate, at_least=1)
+    if args.train_batch_size < args.accumulate * smallest_part():
+        raise UsageError(
+            f"--train_batch_size must be at least {smallest_part()} for each of the {args.accumulate} parts of a step; "
+            f"got {args.train_batch_size}."
+        )
+    saving(args.save_every)
     try:
         torch.zeros(1, device=args.device).cpu()
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError here
         reason = str(error).strip().splitlines()[0][:120]
         raise UsageError(f"--device {args.device!r} cannot be used: {reason}") from error
+
+
+def _check_graph(args: argparse.Namespace) -> None:
+    if torch.device(args.device).type != "cuda":
+        raise UsageError(f"--cuda_graph needs a CUDA GPU; --device is {args.device}.")
+    if args.amp == "fp16":
+        raise UsageError("--cuda_graph cannot skip the steps that --amp fp16 must skip; use --amp bf16.")
+    if args.accumulate > 1 or ranks.size() > 1:
+        raise UsageError("--cuda_graph captures a step of one process in one part; leave it out, or --accumulate.")
+
+
+def smallest_part() -> int:
+    """Images that a part of a step needs: two, of which batch norm can estimate a variance, and one on each rank."""
+    return max(2, ranks.size())
+
+
+def saving(text: str) -> tuple[int, float]:
+    """What --save_every says: every so many steps, or seconds; 0 for never.
+
+    Raises:
+        UsageError: It says something else.
+    """
+    try:
+        steps, seconds = (0, 60 * float(text[:-1])) if text.endswith("m") else (int(text), 0.0)
+    except ValueError:
+        steps, seconds = -1, 0.0
+    if steps < 0 or not 0 <= seconds < math.inf:
+        raise UsageError(f"--save_every must be a number of steps, or of minutes as in 10m; got {text!r}.")
+    return steps, seconds
 
 
 def _check_student(args: argparse.Namespace) -> None:

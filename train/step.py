@@ -29,6 +29,9 @@ class Step:
         device: Where to train.
         amp: "off", "bf16" or "fp16".
         packed: Whether spikes wait for the backward pass as bits.
+
+    Attributes:
+        skipped: Whether GradScaler skipped the last update, a tensor; None where it skips none.
     """
 
     def __init__(
@@ -47,16 +50,40 @@ class Step:
         self.device = device
         self.amp = amp
         self.packed = packed
+        self.skipped: Tensor | None = None
+        self._one = torch.ones((), device=device)
 
-    def __call__(self, inputs: Tensor, labels: Tensor) -> Outcome:
-        """Train on a batch; inputs [B, ...] and labels [B] on the device."""
-        with autocast(self.device, self.amp), packed_spikes() if self.packed else contextlib.nullcontext():
-            outcome = self.task(inputs, labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(outcome.loss).backward()
+    def __call__(
+        self, inputs: Tensor, labels: Tensor, *, weight: float = 1.0, first: bool = True, last: bool = True
+    ) -> Outcome:
+        """Train on a batch, or on one part of it after the other.
+
+        Args:
+            inputs: [B, ...] on the device.
+            labels: [B].
+            weight: The part's share of the batch, times the number of ranks, over which gradients are averaged: so the
+                gradient is that of the mean over the batch, however it is cut.
+            first: Whether the batch begins with this part.
+            last: Whether it ends with it; only then the ranks exchange gradients, and the optimiser steps.
+        """
+        if first:
+            self.optimizer.zero_grad(set_to_none=True)
+        with contextlib.nullcontext() if last else self.task.unsynchronised():
+            with autocast(self.device, self.amp), packed_spikes() if self.packed else contextlib.nullcontext():
+                outcome = self.task(inputs, labels)
+            self.scaler.scale(outcome.loss if weight == 1 else outcome.loss * weight).backward()
+        if last:
+            self._update()
+        return outcome
+
+    def _update(self) -> None:
+        if not self.scaler.is_enabled():
+            self.optimizer.step()
+            return
+        before = self.scaler.scale(self._one)  # the scale, without waiting for the device
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return outcome
+        self.skipped = self.scaler.scale(self._one) < before
 
 
 class GraphedStep(Step):
@@ -78,7 +105,7 @@ class GraphedStep(Step):
         self.outcome: Outcome | None = None
         self.replay = None
 
-    def __call__(self, inputs: Tensor, labels: Tensor) -> Outcome:  # noqa: D102
+    def __call__(self, inputs: Tensor, labels: Tensor, **whole) -> Outcome:  # noqa: D102
         if self.batch is None:
             self.batch = torch.empty_like(inputs), torch.empty_like(labels)
         if any(held.shape != given.shape for held, given in zip(self.batch, (inputs, labels), strict=True)):

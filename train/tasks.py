@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
@@ -23,15 +24,37 @@ class Outcome(NamedTuple):
     logits: torch.Tensor
 
 
-class TeacherTask:
+class Task:
+    """A network in training.
+
+    Attributes:
+        network: What is trained.
+        parallel: What is called for it in training: itself, or what averages its gradients over the ranks.
+        time_steps: T of its logits.
+    """
+
+    def __init__(self, network: nn.Module, time_steps: int):
+        self.network = self.parallel = network
+        self.time_steps = time_steps
+
+    def run(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the network makes of the inputs."""
+        return (self.parallel if self.network.training else self.network)(inputs)
+
+    def unsynchronised(self):
+        """A context in which a backward pass keeps its gradients on its own rank."""
+        return self.parallel.no_sync() if self.parallel is not self.network else contextlib.nullcontext()
+
+
+class TeacherTask(Task):
     """Cross-entropy of an ANN, which sees the mean over time of event data."""
 
     def __init__(self, network: nn.Module):
-        self.network = network
+        super().__init__(network, time_steps=1)
 
     def predict(self, inputs: torch.Tensor) -> torch.Tensor:
         """Images [B,C,H,W] or events [B,T,C,H,W] -> logits [1, B, K]."""
-        return self.network(as_image(inputs)).unsqueeze(0)
+        return self.run(as_image(inputs)).unsqueeze(0)
 
     def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> Outcome:  # noqa: D102
         logits = self.predict(inputs)
@@ -39,7 +62,7 @@ class TeacherTask:
         return Outcome(loss, {"ce": loss.detach()}, logits.detach())
 
 
-class DistillTask:
+class DistillTask(Task):
     """A spiking student, with the objective that `method` names.
 
     Args:
@@ -53,7 +76,7 @@ class DistillTask:
     """
 
     def __init__(self, network, teacher, *, method, alpha, beta, temperature, backend):
-        self.network = network
+        super().__init__(network, network.time_steps)
         self.teacher = teacher
         self.options = {
             "alpha": 0.0 if method in ("sta", "ce") else alpha,
@@ -65,7 +88,7 @@ class DistillTask:
 
     def predict(self, inputs: torch.Tensor) -> torch.Tensor:
         """Images [B,C,H,W] or events [B,T,C,H,W] -> logits [T, B, K]."""
-        return self.network(inputs.transpose(0, 1) if inputs.dim() == 5 else inputs)
+        return self.run(inputs.transpose(0, 1) if inputs.dim() == 5 else inputs)
 
     def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> Outcome:  # noqa: D102
         logits = self.predict(inputs)

@@ -9,8 +9,11 @@ import argparse
 import sys
 
 from seal_fast.models import teacher
+from seal_fast.train import ranks
+from seal_fast.train.command import command
+from seal_fast.train.folder import Run
 from seal_fast.train.options import teacher_parser
-from seal_fast.train.run import Run, command, prepare, splits_of, train
+from seal_fast.train.run import prepare, splits_of, train
 from seal_fast.train.tasks import TeacherTask
 
 
@@ -33,7 +36,7 @@ def run(args: argparse.Namespace) -> dict:
         in_channels=splits.in_channels,
         stem=stem_of(args.dataset, args.arch),
     )
-    folder = Run(args, f"teacher-{args.dataset}-{args.arch}")
+    folder = ranks.from_first(Run, args, f"teacher-{args.dataset}-{args.arch}")
     return train(args, TeacherTask(network), splits, folder, spiking=False)
 
 

@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from seal_fast.train import checkpoint
 from seal_fast.train.checkpoint import load_teacher
+from seal_fast.train.errors import UsageError
 
 
 @pytest.mark.parametrize("form", ["best_net", "bare", "DataParallel"])
@@ -18,3 +20,8 @@ def test_teacher_of_each_published_form_comes_ready_to_teach(form, save_teacher,
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_load_names_a_missing_checkpoint(tmp_path):
+    with pytest.raises(UsageError, match=r"no checkpoint at .*gone\.pt"):
+        checkpoint.load(tmp_path / "gone.pt")

@@ -10,6 +10,7 @@ import torch
 from golden import CASES, filled_student, filled_teacher
 from seal_fast.models.snn import Neuron
 from seal_fast.train import engine, run
+from seal_fast.train.batches import Batches
 from seal_fast.train.feed import Feed
 from seal_fast.train.step import Step
 from seal_fast.train.tasks import DistillTask, TeacherTask, tau_of
@@ -22,7 +23,8 @@ def epoch_of(task, batches, optimizer=None, amp="off"):
     optimizer = optimizer or torch.optim.SGD(task.network.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     step = Step(task, optimizer, scaler, device=CPU, amp=amp)
-    return engine.train_epoch(step, Feed(batches, CPU), title="", epochs_left=1)
+    plan = Batches(sum(len(labels) for _, labels in batches), len(batches[0][1]))
+    return engine.train_epoch(step, Feed(batches, CPU), plan, title="", epochs_left=1)
 
 
 def test_progress_bar_tells_times_speed_loss_accuracy_and_what_remains(monkeypatch):

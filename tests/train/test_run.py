@@ -11,8 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import makers
-from seal_fast.train import checkpoint, distill, options, run
-from seal_fast.train.options import UsageError
+from seal_fast.train import distill, folder, options, plots, run
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +49,26 @@ def test_resumed_run_ends_as_an_uninterrupted_one(finished, labels_only, tmp_pat
         raise PowerCutError
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.plots, "plot_run", lambda folder: None)
-        save = checkpoint.save
+        patch.setattr(plots, "plot_run", lambda folder: None)
+        save = folder.Run.save
 
-        def save_and_cut(content, path):
-            if path.name == "last.pt" and content["epoch"] == 3:
+        def save_and_cut(self, content):
+            if content["epoch"] == 3:
                 cut()  # the third epoch has been logged, but will not be saved
-            save(content, path)
+            save(self, content)
 
-        patch.setattr(run.checkpoint, "save", save_and_cut)
+        patch.setattr(folder.Run, "save", save_and_cut)
         with pytest.raises(PowerCutError):
             distill.main(options.split())
     assert distill.main(f"{options} --resume auto".split()) == 0
-    (folder,) = tmp_path.iterdir()
+    (own,) = tmp_path.iterdir()
     expected = torch.load(finished / "last.pt", weights_only=True)
-    resumed = torch.load(folder / "last.pt", weights_only=True)
+    resumed = torch.load(own / "last.pt", weights_only=True)
     assert resumed["net"].keys() == expected["net"].keys()
     for name, value in expected["net"].items():
         assert torch.equal(resumed["net"][name], value), name
     timing = ("seconds", "images_per_second", "data_wait")
-    for row, whole in zip(rows_of(folder), rows_of(finished), strict=True):
+    for row, whole in zip(rows_of(own), rows_of(finished), strict=True):
         assert {k: v for k, v in row.items() if k not in timing} == {k: v for k, v in whole.items() if k not in timing}
 
 
@@ -190,8 +189,8 @@ def test_last_batch_of_one_is_left_out(tmp_path):
         options.teacher_parser().parse_args(["--dataset", "DIGITS", "--train_batch_size", "359"]), role="teacher"
     )
     train, val = run.loaders_of(run.splits_of(args, "teacher"), args)
-    assert [len(labels) for _, labels in train] == [359] * 4
-    assert sum(len(labels) for _, labels in val) == 360
+    assert [len(labels) for _, labels, _ in train] == [359] * 4
+    assert sum(len(labels) for _, labels, _ in val) == 360
 
 
 def test_defaults_are_those_of_the_paper():
@@ -212,22 +211,3 @@ def test_defaults_are_those_of_the_paper():
     assert (imagenet.stu_arch, imagenet.train_batch_size, imagenet.num_epoch) == ("preact_resnet34", 512, 100)
     assert (imagenet.lr, imagenet.wd, imagenet.decay) == (0.2, 2e-5, 0.2)
     assert resolved("teacher", "imagenet").wd == 1e-4
-
-
-def test_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    checkpoint.save({"epoch": 1}, path)
-
-    def full_disk(content, partial):
-        partial.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.save({"epoch": 2}, path)
-    assert checkpoint.load(path) == {"epoch": 1}
-
-
-def test_load_names_a_missing_checkpoint(tmp_path):
-    with pytest.raises(UsageError, match=r"no checkpoint at .*gone\.pt"):
-        checkpoint.load(tmp_path / "gone.pt")

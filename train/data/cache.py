@@ -126,6 +126,11 @@ class CachedFrames(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if self._frames is None:
-            self._frames = _open(self.folder)
+            try:
+                self._frames = _open(self.folder)
+            except (OSError, ValueError, EOFError) as error:
+                raise DataError(
+                    f"{self.folder} cannot be read any more ({type(error).__name__}); is its disk there?"
+                ) from None
         frames = torch.from_numpy(np.array(self._frames[self.indices[index]], dtype=np.float32))
         return frames if self.transform is None else self.transform(frames), self.labels[index]

@@ -1,6 +1,6 @@
 """The published augmentation of each dataset.
 
-Every random number comes from torch's global generator, which a DataLoader seeds anew in each worker.
+Every random number comes from torch's global generator, which `seal_fast.train.batches` seeds anew for each sample.
 """
 
 from __future__ import annotations
@@ -44,14 +44,21 @@ _IMAGES = {
 }
 
 
-def _holes(count: int, height: int, width: int, side: int, device: torch.device) -> Tensor:
-    """Where `count` square holes are, bool [count,H,W]: each one's centre is uniform over the pixels."""
-    centres = torch.stack([torch.randint(size, (count,)) for size in (height, width)])
-    if device.type == "cuda":
-        centres = centres.pin_memory()  # else the copy would wait for the device
-    first = centres.to(device, non_blocking=True)[..., None] - side // 2  # [2, count, 1]
-    down, right = (torch.arange(size, device=device) - first[axis] for axis, size in enumerate((height, width)))
+def _holes(draws: Tensor, height: int, width: int, side: int) -> Tensor:
+    """Where square holes are, bool [count,H,W], one for each row of draws int64 [count,2].
+
+    Of draws that are uniform below 2^31, each centre is uniform over the pixels.
+    """
+    down, right = (
+        torch.arange(size, device=draws.device) - (draws[:, axis, None] % size - side // 2)
+        for axis, size in enumerate((height, width))
+    )
     return ((down >= 0) & (down < side))[:, :, None] & ((right >= 0) & (right < side))[:, None, :]
+
+
+def draw(count: int) -> Tensor:
+    """Random numbers for `count` holes, int64 [count,2]."""
+    return torch.randint(2**31, (count, 2))
 
 
 class Cutout:
@@ -69,11 +76,12 @@ class Cutout:
 
     def __call__(self, image: Tensor) -> Tensor:
         """Image [...,H,W] → a copy with the hole."""
-        return image.masked_fill(_holes(1, *image.shape[-2:], self.side, image.device)[0], 0)
+        return self.of_each(image[None], draw(1).to(image.device))[0]
 
-    def of_each(self, images: Tensor) -> Tensor:
-        """Images [B,C,H,W] → a copy in which each has a hole of its own."""
-        return images.masked_fill(_holes(len(images), *images.shape[-2:], self.side, images.device)[:, None], 0)
+    def of_each(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Images [B,...,H,W] → a copy in which each has a hole of its own, by its row of draws [B,2]."""
+        holes = _holes(draws, *images.shape[-2:], self.side)
+        return images.masked_fill(holes.unflatten(0, (-1, *[1] * (images.dim() - 3))), 0)
 
     def __repr__(self) -> str:
         return f"Cutout({self.side})"
@@ -92,12 +100,14 @@ class Finish:
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
         self.cutout = cutout
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images uint8 [B,C,H,W] → float32 [B,C,H,W]."""
+    def __call__(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Images uint8 [B,C,H,W] → float32 [B,C,H,W]; draws [B,2] choose the holes."""
         if self.mean.device != images.device:
             self.mean, self.std = (values.to(images.device) for values in (self.mean, self.std))
         images = images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
-        return images if self.cutout is None else self.cutout.of_each(images)
+        if self.cutout is None:
+            return images
+        return self.cutout.of_each(images, draw(len(images)).to(images.device) if draws is None else draws)
 
 
 class Roll:

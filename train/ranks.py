@@ -1,0 +1,163 @@
+"""Several processes that train as one: what torchrun started, and how they agree.
+
+Without torchrun there is one rank, and nothing here communicates. Gradients and batch-norm statistics travel through
+NCCL between GPUs; what the ranks agree on travels through gloo, so that no decision waits for a device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from seal_fast.kernels.bn_lif.reference import batch_norm
+from seal_fast.train.errors import ToldElsewhereError, UsageError
+
+CPU = torch.device("cpu")
+T = TypeVar("T")
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def started_by() -> int:
+    """The process that started the run: torchrun's, which stays the same over restarts, or this one."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def rank() -> int:
+    """This process's number among the ranks; known before `start`, too."""
+    return int(os.environ.get("RANK", "0")) if launched() else 0
+
+
+def size() -> int:
+    """How many ranks train together."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def first() -> bool:
+    """Whether this rank is the one that prints and writes."""
+    return rank() == 0
+
+
+def say(line: str) -> None:
+    """Print a line, on the first rank."""
+    if first():
+        print(line, flush=True)
+
+
+def own_device(name: str) -> str:
+    """The device of this rank: "cuda" is the GPU of its local number.
+
+    Raises:
+        UsageError: One GPU is named for several ranks, or there are fewer GPUs than ranks on this machine.
+    """
+    if not (launched() and name.startswith("cuda")):
+        return name
+    if name != "cuda":
+        raise UsageError(f"--device {name!r} names one GPU for all ranks; pass cuda, and each takes its own.")
+    started, here = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if started > here:
+        raise UsageError(f"torchrun started {started} processes here, where there are {here} GPUs.")
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+def start(device: torch.device) -> None:
+    """Meet the other ranks; nothing to do where there are none, or where they have met."""
+    if not launched() or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def finish() -> None:
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_first(function: Callable[..., T], *args, **kwargs) -> T:
+    """What `function` returns on the first rank, which alone calls it with these arguments.
+
+    Raises:
+        ToldElsewhereError: On the other ranks, where the first one raised.
+    """
+    if size() == 1:
+        return function(*args, **kwargs)
+    answer: list = [None, None]
+    error = None
+    if first():
+        try:
+            answer[0] = function(*args, **kwargs)
+        except Exception as raised:
+            error = answer[1] = raised
+    dist.broadcast_object_list(answer, src=0, device=CPU)
+    if error is not None:
+        raise error
+    if answer[1] is not None:
+        raise ToldElsewhereError(answer[1])
+    return answer[0]
+
+
+def gathered(value: T) -> list[T]:
+    """The `value` of each rank, on all of them."""
+    if size() == 1:
+        return [value]
+    every: list = [None] * size()
+    dist.all_gather_object(every, value)
+    return every
+
+
+def total(values: list[float]) -> list[float]:
+    """Sums over the ranks."""
+    if size() == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """nn.SyncBatchNorm that also runs where there is no GPU."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return super().forward(input) if input.is_cuda else batch_norm(input, self)
+
+
+def synchronise(network: nn.Module) -> nn.Module:
+    """Let the batch norms of a network take their statistics over all ranks, in place; state-dict names stay."""
+    for name, child in network.named_children():
+        if type(child) is nn.BatchNorm2d:
+            settings = {key: getattr(child, key) for key in ("eps", "momentum", "affine", "track_running_stats")}
+            synchronised = SyncBatchNorm(child.num_features, **settings).to(child.weight.dtype)
+            synchronised.load_state_dict(child.state_dict())
+            setattr(network, name, synchronised)
+        else:
+            synchronise(child)
+    return network
+
+
+def parallel(network: nn.Module) -> nn.Module:
+    """The network whose backward pass averages gradients over the ranks; itself where there is one rank.
+
+    Statistics of batch norm are equal on all ranks and need not be broadcast.
+    """
+    if size() == 1:
+        return network
+    device = next(network.parameters()).device
+    ids = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(
+        network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
