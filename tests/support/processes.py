@@ -1,0 +1,105 @@
+"""Trainers in processes of their own, which start in a moment and can be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# Imported once: a trainer would spend most of a short run on it.
+_CONTEXT.set_forkserver_preload(
+    [
+        "seal_fast.train.distill",
+        "torch.utils.tensorboard",
+        "sklearn.datasets",
+        "sklearn.model_selection",
+        "matplotlib.pyplot",
+    ]
+)
+_SAVING = ("fsync", "link", "replace")  # the system calls that a save consists of, besides writing
+
+
+class Trainer:
+    """`seal-fast-distill` or `seal-fast-teacher` with these options.
+
+    Args:
+        options: The command line.
+        output: File that gets what it prints.
+        program: "distill" or "teacher".
+        digits: How many of scikit-learn's digits there are; all by default.
+        dies_at: Which of the system calls of its saves it does not live to make, by its own SIGKILL; None for no such
+            end.
+    """
+
+    def __init__(self, options: str, output: Path, *, program="distill", digits=None, dies_at=None):
+        self.output = output
+        output.write_text("")
+        self.process = _CONTEXT.Process(target=_main, args=(program, options, output, digits, dies_at))
+        self.process.start()
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        """Wait until it has printed `text`."""
+        end = time.monotonic() + seconds
+        while text not in self.output.read_text():
+            assert self.process.is_alive(), self.output.read_text()
+            assert time.monotonic() < end, f"no {text!r} in: {self.output.read_text()}"
+            time.sleep(0.01)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal, if it still runs."""
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
+
+    def code(self, seconds: float = 120) -> int:
+        """Wait for its end and return its exit code; -9 after SIGKILL."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"it did not end within {seconds} s: {self.output.read_text()}")
+        return self.process.exitcode
+
+    def lines(self) -> list[str]:
+        """What it has printed."""
+        return self.output.read_text().splitlines()
+
+
+def _main(program: str, options: str, output: Path, digits: int | None, dies_at: int | None) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    import torch
+
+    from seal_fast.train import distill, teacher
+    from seal_fast.train.data import digits as data
+
+    torch.set_num_threads(1)
+    if digits is not None:
+        every = data.read_digits()
+        data.read_digits = lambda: tuple(array[:digits] for array in every)
+    if dies_at is not None:
+        _die_at(dies_at)
+    code = {"distill": distill, "teacher": teacher}[program].main(options.split())
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _die_at(number: int) -> None:
+    made = 0
+
+    def deadly(call):
+        def wrapped(*args, **kwargs):
+            nonlocal made
+            made += 1
+            if made > number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    for name in _SAVING:
+        setattr(os, name, deadly(getattr(os, name)))
