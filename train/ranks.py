@@ -6,6 +6,7 @@ NCCL between GPUs; what the ranks agree on travels through gloo, so that no deci
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from typing import TypeVar
@@ -133,31 +134,34 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     """nn.SyncBatchNorm that also runs where there is no GPU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        return super().forward(input) if input.is_cuda else batch_norm(input, self)
+        on_cpu = self.training and not input.is_cuda
+        return batch_norm(input, self) if on_cpu else super().forward(input)
 
 
-def synchronise(network: nn.Module) -> nn.Module:
-    """Let the batch norms of a network take their statistics over all ranks, in place; state-dict names stay."""
+def synchronise(network: nn.Module) -> None:
+    """Let the batch norms of a network take their statistics over all ranks; parameters and buffers stay the same."""
     for name, child in network.named_children():
         if type(child) is nn.BatchNorm2d:
             settings = {key: getattr(child, key) for key in ("eps", "momentum", "affine", "track_running_stats")}
-            synchronised = SyncBatchNorm(child.num_features, **settings).to(child.weight.dtype)
-            synchronised.load_state_dict(child.state_dict())
-            setattr(network, name, synchronised)
+            over_ranks = SyncBatchNorm(child.num_features, **settings)
+            over_ranks._parameters, over_ranks._buffers = child._parameters, child._buffers
+            setattr(network, name, over_ranks)
         else:
             synchronise(child)
-    return network
 
 
 def parallel(network: nn.Module) -> nn.Module:
-    """The network whose backward pass averages gradients over the ranks; itself where there is one rank.
+    """What averages a network's gradients over the ranks; itself where there is one rank.
 
-    Statistics of batch norm are equal on all ranks and need not be broadcast.
+    The network's batch norms take their statistics over all ranks from then on, and need not be broadcast.
     """
     if size() == 1:
         return network
+    kind = nn.parallel.DistributedDataParallel
     device = next(network.parameters()).device
+    renamed = "forward_sync_buffers"  # what newer releases call broadcast_buffers
+    settings = {renamed if renamed in inspect.signature(kind).parameters else "broadcast_buffers": False}
     ids = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    wrapped = kind(network, device_ids=ids, gradient_as_bucket_view=True, **settings)
+    synchronise(network)  # after that, as DistributedDataParallel wants no SyncBatchNorm on the CPU
+    return wrapped

@@ -94,8 +94,6 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
         Of the best epoch: accuracy, accuracy_at, firing_rate; and folder.
     """
     device = torch.device(args.device)
-    if ranks.size() > 1:
-        task.network = ranks.synchronise(task.network)
     task.network.to(device, memory_format=torch.contiguous_format if as_published(args) else torch.channels_last)
     task.parallel = ranks.parallel(task.network)
     signals = Signals()
