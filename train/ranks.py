@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
+import uuid
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,9 +18,10 @@ import torch.distributed as dist
 from torch import nn
 
 from seal_fast.kernels.bn_lif.reference import batch_norm
-from seal_fast.train.errors import ToldElsewhereError, UsageError
+from seal_fast.train.errors import ToldElsewhereError, TrainingError, UsageError
 
 CPU = torch.device("cpu")
+MEETING_SECONDS = 300  # as long as torch lets a rank wait for a key
 T = TypeVar("T")
 
 
@@ -80,7 +83,36 @@ def start(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    store, number, count = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(_meeting(store), store),
+        rank=number,
+        world_size=count,
+    )
+
+
+def _meeting(store: dist.Store) -> str:
+    """A name that these processes agree on and none before them has used.
+
+    torchrun keeps its store over a restart, and with it the addresses of processes that are gone. So each rank greets
+    with a word of its own, and the first answers until the answer to that very word has been read.
+    """
+    name = uuid.uuid4().hex
+    if not first():
+        store.set(f"greeting/{rank()}", name)
+        name = store.get(f"answer/{name}").decode()
+        store.set(f"{name}/{rank()}", "read")
+        return name
+    end = time.monotonic() + MEETING_SECONDS
+    for other in range(1, size()):
+        while not store.check([f"{name}/{other}"]):
+            if store.check([f"greeting/{other}"]):
+                store.set(f"answer/{store.get(f'greeting/{other}').decode()}", name)
+            if time.monotonic() > end:
+                raise TrainingError(f"rank {other} has not started within {MEETING_SECONDS} s")
+            time.sleep(0.01)
+    return name
 
 
 def finish() -> None:

@@ -58,7 +58,7 @@ class TeacherTask(Task):
 
     def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> Outcome:  # noqa: D102
         logits = self.predict(inputs)
-        loss = F.cross_entropy(logits[0].float(), labels)
+        loss = F.cross_entropy(_exact(logits[0]), labels)
         return Outcome(loss, {"ce": loss.detach()}, logits.detach())
 
 
@@ -97,13 +97,16 @@ class DistillTask(Task):
         else:
             with torch.no_grad():
                 reference = self.teacher(as_image(inputs))
-        # Not in 16 bits, so that the loss's gradient is not rounded to float16 before GradScaler scales it.
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss, ce, *terms = seal_loss(exact, reference, labels, **self.options)
+        loss, ce, *terms = seal_loss(_exact(logits), reference, labels, **self.options)
         weights = self.options["alpha"], self.options["beta"]
         named = zip(TERMS[self.options["objective"]], terms, weights, strict=True)
         parts = {"ce": ce, **{name: value for name, value, weight in named if weight > 0}}
         return Outcome(loss, parts, logits.detach())
+
+
+def _exact(logits: torch.Tensor) -> torch.Tensor:
+    """Not in 16 bits, so that the loss's gradient is not rounded to float16 before GradScaler scales it."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def as_image(inputs: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -33,12 +34,15 @@ class Trainer:
         digits: How many of scikit-learn's digits there are; all by default.
         dies_at: Which of the system calls of its saves it does not live to make, by its own SIGKILL; None for no such
             end.
+        environment: Variables that it sees, as torchrun sets them.
     """
 
-    def __init__(self, options: str, output: Path, *, program="distill", digits=None, dies_at=None):
+    def __init__(self, options: str, output: Path, *, program="distill", digits=None, dies_at=None, environment=None):
         self.output = output
         output.write_text("")
-        self.process = _CONTEXT.Process(target=_main, args=(program, options, output, digits, dies_at))
+        self.process = _CONTEXT.Process(
+            target=_main, args=(program, options, output, digits, dies_at, environment or {})
+        )
         self.process.start()
 
     def wait_for(self, text: str, seconds: float = 60) -> None:
@@ -67,11 +71,59 @@ class Trainer:
         return self.output.read_text().splitlines()
 
 
-def _main(program: str, options: str, output: Path, digits: int | None, dies_at: int | None) -> None:
+def rank(number: int, of: int, port: int) -> dict[str, str]:
+    """The variables that torchrun sets for a rank on one machine."""
+    own = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": of, "LOCAL_WORLD_SIZE": of, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in own.items()}}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def in_ranks(function, size: int, *args) -> None:
+    """Call `function(*args)` in as many ranks, each a process."""
+    port = free_port()
+    processes = [
+        _CONTEXT.Process(target=_in_rank, args=(rank(number, size, port), function, args)) for number in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0, f"exit code {process.exitcode}"
+
+
+def _in_rank(environment: dict[str, str], function, args: tuple) -> None:
+    import torch
+
+    from seal_fast.train import ranks
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    ranks.start(torch.device("cpu"))
+    function(*args)
+    ranks.finish()
+
+
+def _main(program: str, options: str, output: Path, digits: int | None, dies_at: int | None, environment: dict) -> None:
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    os.environ.update(environment)
+    if dies_at is not None:
+        _die_at(dies_at)
+    code = trainer(program, options, digits)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def trainer(program: str, options: str, digits: int | None) -> int:
+    """Run a trainer in this process, on one thread; returns its exit code."""
     import torch
 
     from seal_fast.train import distill, teacher
@@ -81,11 +133,7 @@ def _main(program: str, options: str, output: Path, digits: int | None, dies_at:
     if digits is not None:
         every = data.read_digits()
         data.read_digits = lambda: tuple(array[:digits] for array in every)
-    if dies_at is not None:
-        _die_at(dies_at)
-    code = {"distill": distill, "teacher": teacher}[program].main(options.split())
-    sys.stdout.flush()
-    sys.exit(code)
+    return {"distill": distill, "teacher": teacher}[program].main(options.split())
 
 
 def _die_at(number: int) -> None:
@@ -103,3 +151,7 @@ def _die_at(number: int) -> None:
 
     for name in _SAVING:
         setattr(os, name, deadly(getattr(os, name)))
+
+
+if __name__ == "__main__":  # under torchrun
+    sys.exit(trainer(sys.argv[1], " ".join(sys.argv[3:]), int(sys.argv[2])))
