@@ -45,8 +45,11 @@ def loaders_of(
     splits: data.Splits, args: argparse.Namespace, signals: Signals | None = None
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of the training and the validation part, whose processes leave signals to `signals`."""
-    if len(splits.train) < 2:
-        raise UsageError(f"{splits.name} needs at least 2 training images; {args.data_path} holds {len(splits.train)}.")
+    if len(splits.train) < smallest_part():
+        raise UsageError(
+            f"{splits.name} needs at least {smallest_part()} training images; "
+            f"{args.data_path} holds {len(splits.train)}."
+        )
     shared = {
         "num_workers": args.num_workers,
         "pin_memory": torch.device(args.device).type == "cuda",

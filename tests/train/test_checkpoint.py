@@ -1,3 +1,5 @@
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,31 @@ def test_teacher_of_each_published_form_comes_ready_to_teach(form, save_teacher,
 def test_load_names_a_missing_checkpoint(tmp_path):
     with pytest.raises(UsageError, match=r"no checkpoint at .*gone\.pt"):
         checkpoint.load(tmp_path / "gone.pt")
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    path, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    checkpoint.save_keeping_previous({"epoch": 1}, path, previous)
+    assert not previous.exists()
+    checkpoint.save_keeping_previous({"epoch": 2}, path, previous)
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fails)
+            with pytest.raises(OSError, match=r"Input/output error.*last\.pt"):
+                checkpoint.save_keeping_previous({"epoch": 3}, path, previous)
+        assert (checkpoint.load(path), checkpoint.load(previous)) == ({"epoch": 2}, {"epoch": 1})
+        assert {file.name for file in tmp_path.iterdir()} <= {"last.pt", "previous.pt", "previous.pt.partial"}
+    checkpoint.save_keeping_previous({"epoch": 3}, path, previous)
+    assert (checkpoint.load(path), checkpoint.load(previous)) == ({"epoch": 3}, {"epoch": 2})
+
+
+def test_a_file_system_without_links_keeps_the_previous_checkpoint_too(tmp_path, monkeypatch):
+    path, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    monkeypatch.setattr(os, "link", fails)
+    for epoch in range(3):
+        checkpoint.save_keeping_previous({"epoch": epoch}, path, previous)
+    assert (checkpoint.load(path), checkpoint.load(previous)) == ({"epoch": 2}, {"epoch": 1})
+
+
+def fails(*_args):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
