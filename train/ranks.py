@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from seal_fast.kernels.bn_lif.reference import batch_norm
+from seal_fast.models.snn import Student
 from seal_fast.train.errors import ToldElsewhereError, TrainingError, UsageError
 
 CPU = torch.device("cpu")
@@ -162,24 +163,26 @@ def total(values: list[float]) -> list[float]:
     return sums.tolist()
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """nn.SyncBatchNorm that also runs where there is no GPU."""
+class SyncBatchNormOnCpu(nn.SyncBatchNorm):
+    """nn.SyncBatchNorm that trains where there is no GPU, too.
+
+    For networks that call it; a student never does in training, and fuses torch's own class.
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        on_cpu = self.training and not input.is_cuda
-        return batch_norm(input, self) if on_cpu else super().forward(input)
+        return batch_norm(input, self) if self.training else super().forward(input)
 
 
-def synchronise(network: nn.Module) -> None:
+def synchronise(network: nn.Module, kind: type[nn.SyncBatchNorm]) -> None:
     """Let the batch norms of a network take their statistics over all ranks; parameters and buffers stay the same."""
     for name, child in network.named_children():
         if type(child) is nn.BatchNorm2d:
             settings = {key: getattr(child, key) for key in ("eps", "momentum", "affine", "track_running_stats")}
-            over_ranks = SyncBatchNorm(child.num_features, **settings)
+            over_ranks = kind(child.num_features, **settings)
             over_ranks._parameters, over_ranks._buffers = child._parameters, child._buffers
             setattr(network, name, over_ranks)
         else:
-            synchronise(child)
+            synchronise(child, kind)
 
 
 def parallel(network: nn.Module) -> nn.Module:
@@ -189,11 +192,13 @@ def parallel(network: nn.Module) -> nn.Module:
     """
     if size() == 1:
         return network
-    kind = nn.parallel.DistributedDataParallel
+    wrapper = nn.parallel.DistributedDataParallel
     device = next(network.parameters()).device
     renamed = "forward_sync_buffers"  # what newer releases call broadcast_buffers
-    settings = {renamed if renamed in inspect.signature(kind).parameters else "broadcast_buffers": False}
+    settings = {renamed if renamed in inspect.signature(wrapper).parameters else "broadcast_buffers": False}
     ids = [device] if device.type == "cuda" else None
-    wrapped = kind(network, device_ids=ids, gradient_as_bucket_view=True, **settings)
-    synchronise(network)  # after that, as DistributedDataParallel wants no SyncBatchNorm on the CPU
+    wrapped = wrapper(network, device_ids=ids, gradient_as_bucket_view=True, **settings)
+    plain = device.type == "cuda" or isinstance(network, Student)
+    # After that, as DistributedDataParallel wants no SyncBatchNorm on the CPU.
+    synchronise(network, nn.SyncBatchNorm if plain else SyncBatchNormOnCpu)
     return wrapped
