@@ -16,6 +16,7 @@ from seal_fast.models import student, teacher
 from seal_fast.train import ranks
 from seal_fast.train.batches import Batches, Seeded
 from seal_fast.train.engine import evaluate, train_epoch
+from seal_fast.train.errors import UsageError
 from seal_fast.train.feed import Feed
 from seal_fast.train.run import optimizer_of
 from seal_fast.train.step import Step
@@ -82,8 +83,7 @@ def test_two_ranks_take_the_steps_of_one_process(kind, parts, tmp_path):
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     assert one["net"].keys() == two["net"].keys()
     errors = {name: (value - two["net"][name]).abs().max().item() for name, value in one["net"].items()}
-    print(max(errors.values()))
-    assert max(errors.values()) < 1e-9, errors
+    assert max(errors.values()) < 1e-9, errors  # measured 2e-15 in the student, 6e-14 in the teacher
     for name in ("loss", "ce", "accuracy"):
         assert two["figures"][name] == pytest.approx(one["figures"][name], rel=1e-9), name
     assert two["figures"]["val"] == one["figures"]["val"]
@@ -127,6 +127,17 @@ def test_a_rank_killed_under_torchrun_is_started_again_and_the_run_ends_in_the_s
     # One rank prints.
     assert whole[1].lines() == []
     assert sum(line.startswith("epoch ") for line in whole[0].lines()) == 3
+
+
+def test_one_gpu_is_no_device_for_several_ranks(monkeypatch):
+    for name, value in processes.rank(1, 2, 1).items():
+        monkeypatch.setenv(name, value)
+    assert ranks.own_device("cpu") == "cpu"
+    with pytest.raises(UsageError, match="--device 'cuda:0' names one GPU for all ranks"):
+        ranks.own_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="torchrun started 2 processes here, where there are 1 GPUs"):
+        ranks.own_device("cuda")
 
 
 def second_rank(torchrun: int) -> int:
