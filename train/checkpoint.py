@@ -18,10 +18,7 @@ from seal_fast.train.errors import UsageError
 
 def save(content: dict, path: Path) -> None:
     """Write `content` to `path`; what was there before stays until the new file is complete, and then is gone."""
-    # Into memory first: torch's own writer tells of a full disk in words that name neither the disk nor the file.
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write(buffer.getbuffer(), path)
+    write(_packed(content), path)
 
 
 def save_keeping_previous(content: dict, path: Path, previous: Path) -> None:
@@ -40,9 +37,17 @@ def save_keeping_previous(content: dict, path: Path, previous: Path) -> None:
             except OSError:  # a file system without links: for a moment there is no `path`
                 os.replace(path, previous)
 
+    write(_packed(content), path, before_rename=keep)
+
+
+def _packed(content: dict) -> memoryview:
+    """The file's bytes.
+
+    In memory, as torch's own writer tells of a full disk in words that name neither the disk nor the file.
+    """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write(buffer.getbuffer(), path, before_rename=keep)
+    return buffer.getbuffer()
 
 
 def write(content: bytes | memoryview, path: Path, before_rename: Callable[[], None] = lambda: None) -> None:
