@@ -67,7 +67,8 @@ def loaders_of(
     )
     val = Batches(len(splits.val), args.val_batch_size, **among)
     return (
-        DataLoader(Seeded(splits.train), batch_sampler=train, **shared),
+        # Its processes stay over the epochs: each sample brings its own seed.
+        DataLoader(Seeded(splits.train), batch_sampler=train, persistent_workers=args.num_workers > 0, **shared),
         DataLoader(Seeded(splits.val), batch_sampler=val, **shared),
     )
 
