@@ -2,6 +2,7 @@
 
 from ..kernels.surrogate.reference import Surrogate
 from .loss import SealLoss
-from .neuron import LIFNode, detach_net, reset_net
+from .neuron import IFNode, LIFNode, ParametricLIFNode
+from .state import detach_net, reset_net
 
-__all__ = ["LIFNode", "SealLoss", "Surrogate", "detach_net", "reset_net"]
+__all__ = ["IFNode", "LIFNode", "ParametricLIFNode", "SealLoss", "Surrogate", "detach_net", "reset_net"]

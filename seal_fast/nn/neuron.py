@@ -2,30 +2,236 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import ops
-from ..backends import check_name, shown
+from ..backends import available, check_name, shown
+from ..kernels.lif.reference import state_dtype
 from ..kernels.surrogate.reference import Surrogate
-from ..ops._arguments import NEURON_OPTIONS, neuron_options
+from ..ops._arguments import NEURON_OPTIONS, as_surrogate, neuron_options, require_float_tensor, require_number
+from .state import MemoryModule
 
 
-class LIFNode(nn.Module):
+class _Unknown:
+    """Stands for a potential that was not kept; the class itself is the value."""
+
+
+class BaseNode(MemoryModule):
+    """What the neurons share: the potential between calls, and the way of an input through the operator `lif`.
+
+    Attributes:
+        v: Membrane potential after the last call, or before the first the number that it starts from.
+        v_seq: With `store_v_seq`, the potentials after each step [T, ...] of the last call, or in step mode "s" of all
+            steps since the last reset; else None.
+        surrogate: The surrogate gradient in this library's terms.
+    """
+
+    _calls = 0  # since the last reset
+    _before = None  # the potential before the last of them
+
+    def __init__(
+        self, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, backend, store_v_seq, surrogate
+    ):
+        super().__init__(step_mode)
+        if surrogate is not None:
+            if surrogate_function is not None:
+                raise TypeError("surrogate and surrogate_function are two names of one argument; got both.")
+            surrogate_function = surrogate
+        if surrogate_function is None or isinstance(surrogate_function, str):
+            surrogate_function = as_surrogate(surrogate_function or "sigmoid")
+        # What does not depend on the kind of neuron; the options as a whole are checked where they are complete.
+        checked = neuron_options(2.0, True, v_threshold, v_reset, surrogate_function, detach_reset)
+        self.v_threshold = v_threshold
+        self.v_reset = checked["v_reset"]
+        self.surrogate_function = surrogate_function
+        self.detach_reset = detach_reset
+        self.backend = backend
+        self.store_v_seq = store_v_seq
+        self._memories["v"] = self._rest
+        self.set_reset_value("v", self._rest)
+
+    @property
+    def _rest(self) -> float:
+        return 0.0 if self.v_reset is None else self.v_reset
+
+    @property
+    def v(self) -> float | Tensor:  # noqa: D102
+        v = self._memories["v"]
+        if v is _Unknown:
+            raise RuntimeError(_NOT_KEPT)
+        return v
+
+    @property
+    def v_seq(self) -> Tensor | None:  # noqa: D102
+        return self._memories.get("v_seq", self.__dict__.get("v_seq"))
+
+    @v_seq.setter
+    def v_seq(self, value: Tensor | None) -> None:
+        if "v_seq" in self._memories:
+            self._memories["v_seq"] = value
+        else:
+            self.__dict__["v_seq"] = value
+
+    @property
+    def store_v_seq(self) -> bool:  # noqa: D102
+        return self._store_v_seq
+
+    @store_v_seq.setter
+    def store_v_seq(self, value: bool) -> None:
+        self._store_v_seq = value
+        self.v_seq = None
+
+    @property
+    def surrogate(self) -> Surrogate:  # noqa: D102
+        return as_surrogate(self.surrogate_function)
+
+    @surrogate.setter
+    def surrogate(self, value: str | Surrogate) -> None:
+        self.surrogate_function = as_surrogate(value)
+
+    @property
+    def backend(self) -> str:  # noqa: D102
+        return self._chosen_backend
+
+    @backend.setter
+    def backend(self, value: str) -> None:
+        self._chosen_backend = check_name(value)
+
+    @property
+    def supported_backends(self) -> tuple[str, ...]:
+        """The values of `backend` that can run here."""
+        return ("auto", *available("lif"))
+
+    @property
+    def options(self) -> dict:
+        """The neuron's options as keyword arguments of the operator `lif`."""
+        return {name: getattr(self, name) for name in (*NEURON_OPTIONS, "backend")}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes for x: [T, ...] where step_mode is "m", one time step [...] where it is "s"."""
+        return self.single_step_forward(x) if self.step_mode == "s" else self.multi_step_forward(x)
+
+    def single_step_forward(self, x: Tensor) -> Tensor:
+        """Spikes for one time step x [...]."""
+        require_float_tensor("x", x, "[...]")
+        steps = x.unsqueeze(0)
+        spikes, v = ops.lif(steps, v_init=self._start(steps), **self.options)
+        self._keep(v)
+        if self.store_v_seq:
+            v_seq = self.v_seq
+            self.v_seq = v.unsqueeze(0) if v_seq is None else torch.cat((v_seq, v.unsqueeze(0)))
+        return spikes.squeeze(0)
+
+    def multi_step_forward(self, x: Tensor) -> Tensor:
+        """Spikes for x [T, ...]."""
+        require_float_tensor("x", x, "[T, ...]")
+        v = self._start(x)
+        if not self.store_v_seq:
+            spikes, v = ops.lif(x, v_init=v, **self.options)
+            self._keep(v)
+            return spikes
+        steps, potentials = [], []
+        for x_t in x.unbind(0):
+            spikes, v = ops.lif(x_t.unsqueeze(0), v_init=v, **self.options)
+            steps.append(spikes)
+            potentials.append(v)
+        self._keep(v)
+        self.v_seq = torch.stack(potentials)
+        return torch.cat(steps)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the next call starts from the potential that `reset` gives."""
+        v = self._before_call()
+        return isinstance(v, float) and v == self._rest
+
+    def _start(self, x: Tensor) -> Tensor | None:
+        """The potential before the call with x [T, ...], for the operator."""
+        v = self._before_call()
+        if v is _Unknown:
+            raise RuntimeError(_NOT_KEPT)
+        if not isinstance(v, Tensor):
+            return None if v == self._rest else x.new_full(x.shape[1:], v, dtype=state_dtype(x.dtype))
+        if v.shape != x.shape[1:]:
+            raise ValueError(
+                f"x must have time steps of shape {list(v.shape)}, as the potential v that the last call left; got "
+                f"{list(x.shape[1:])}. reset_net(network) before another batch lets neurons start at rest."
+            )
+        return v
+
+    def _before_call(self) -> float | Tensor | type[_Unknown]:
+        if not self._calls or not _recomputing():
+            return self._memories["v"]
+        if self._calls > 1:
+            raise RuntimeError(
+                "gradient checkpointing needs neurons that are called once between resets, as their calls start from "
+                f"different potentials; this {type(self).__name__} was called {self._calls} times. Step mode 'm' runs "
+                "all time steps in one call."
+            )
+        return self._before
+
+    def _keep(self, v: Tensor | type[_Unknown]) -> None:
+        """Let the next call start from v."""
+        if _recomputing() or _exporting():
+            return
+        if not torch.compiler.is_compiling():
+            self._before, self._calls = self._memories["v"], self._calls + 1
+        self._memories["v"] = v
+
+    def _forget_calls(self) -> None:
+        if self._calls:
+            self._before, self._calls = None, 0
+
+    def reset(self) -> None:
+        """Forget the membrane potential: the next call starts at rest."""
+        super().reset()
+        self.v_seq = None
+        self._forget_calls()
+
+    def detach(self) -> None:
+        """Keep the potential, but cut its graph: for backpropagation through time in parts."""
+        super().detach()
+        if self.v_seq is not None:
+            self.v_seq = self.v_seq.detach()
+        self._forget_calls()
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles keep the potential, but not the graph that made it."""
+        state = super().__getstate__()
+        state |= {"_before": None, "_calls": 0}
+        if isinstance(state.get("v_seq"), Tensor):
+            state["v_seq"] = state["v_seq"].detach()
+        return state
+
+    def extra_repr(self) -> str:  # noqa: D102
+        surrogate = f"{self.surrogate.name}(alpha={self.surrogate.alpha:g})"
+        return (
+            f"v_threshold={self.v_threshold}, v_reset={self.v_reset}, surrogate={surrogate}, "
+            f"detach_reset={self.detach_reset}, step_mode={self.step_mode}, backend={shown(self.backend, 'lif')}"
+        )
+
+
+class LIFNode(BaseNode):
     """Leaky integrate-and-fire neurons that keep their membrane potential between calls until `reset`.
+
+    Arguments, attributes and methods are those of SpikingJelly's LIFNode, but for three things: step_mode is "m" unless
+    said otherwise, 16-bit inputs keep a float32 potential, and another batch size needs a reset.
 
     Args:
         tau: Membrane time constant in time steps, at least 1; a float, or a tensor as in the operator `lif`.
         decay_input: Whether the input is divided by tau as well.
         v_threshold: Firing threshold; a float or a tensor.
         v_reset: Potential after a spike; None for soft reset.
-        surrogate: Name of the surrogate gradient, or a `Surrogate`.
+        surrogate_function: Name of the surrogate gradient, a `Surrogate`, or one of SpikingJelly's; None stands for
+            "sigmoid".
         detach_reset: Whether the reset passes no gradient to the spike.
         step_mode: "m" for inputs [T, ...], "s" for the input of one time step.
         backend: "auto", "triton", "cupy", "cpu" or "torch". The text of the module says what "auto" stands for here.
-
-    Attributes:
-        v: Membrane potential after the last call, or None before the first.
+        store_v_seq: Whether the potential after each time step is kept, as `v_seq`; slow, for looking at it.
+        surrogate: Another name of surrogate_function.
 
     Raises:
         TypeError, ValueError: As the operator `lif`; also where an input does not have the shape of the kept potential.
@@ -33,74 +239,124 @@ class LIFNode(nn.Module):
 
     def __init__(
         self,
-        tau: float | torch.Tensor = 2.0,
+        tau: float | Tensor = 2.0,
         decay_input: bool = True,
-        v_threshold: float | torch.Tensor = 1.0,
+        v_threshold: float | Tensor = 1.0,
         v_reset: float | None = 0.0,
-        surrogate: str | Surrogate = "sigmoid",
+        surrogate_function: str | Surrogate | nn.Module | None = None,
         detach_reset: bool = False,
         step_mode: str = "m",
         backend: str = "auto",
+        store_v_seq: bool = False,
+        *,
+        surrogate: str | Surrogate | nn.Module | None = None,
     ):
-        super().__init__()
-        if step_mode not in ("s", "m"):
-            raise ValueError(f"step_mode must be 's' or 'm'; got {step_mode!r}.")
-        options = neuron_options(tau, decay_input, v_threshold, v_reset, surrogate, detach_reset)
-        for name, value in options.items():
-            setattr(self, name, value)
-        self.step_mode = step_mode
-        self.backend = check_name(backend)
-        self.v: torch.Tensor | None = None
-
-    @property
-    def options(self) -> dict:
-        """The neuron's options as keyword arguments of the operator `lif`."""
-        return {name: getattr(self, name) for name in (*NEURON_OPTIONS, "backend")}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Spikes for x: [T, ...] where step_mode is "m", one time step [...] where it is "s"."""
-        steps = x if self.step_mode == "m" else x.unsqueeze(0)
-        spikes, self.v = ops.lif(steps, v_init=self.v, **self.options)
-        return spikes if self.step_mode == "m" else spikes.squeeze(0)
-
-    def __getstate__(self) -> dict:
-        """Copies and pickles keep the potential, but not the graph that made it."""
-        return {**self.__dict__, "v": None if self.v is None else self.v.detach()}
-
-    def _apply(self, fn, recurse: bool = True):
-        """Moves and casts of the module take the potential along."""
-        super()._apply(fn, recurse)
-        if self.v is not None:
-            self.v = fn(self.v)
-        return self
-
-    def detach(self) -> None:
-        """Keep the potential, but cut its graph: for backpropagation through time in parts."""
-        if self.v is not None:
-            self.v = self.v.detach()
-
-    def reset(self) -> None:
-        """Forget the membrane potential: the next call starts at rest."""
-        self.v = None
+        super().__init__(
+            v_threshold, v_reset, surrogate_function, detach_reset, step_mode, backend, store_v_seq, surrogate
+        )
+        self.tau, self.decay_input = tau, decay_input
+        neuron_options(**{name: getattr(self, name) for name in NEURON_OPTIONS})
 
     def extra_repr(self) -> str:  # noqa: D102
-        surrogate = f"{self.surrogate.name}(alpha={self.surrogate.alpha:g})"
-        return (
-            f"tau={self.tau}, decay_input={self.decay_input}, v_threshold={self.v_threshold}, v_reset={self.v_reset}, "
-            f"surrogate={surrogate}, detach_reset={self.detach_reset}, step_mode={self.step_mode}, "
-            f"backend={shown(self.backend, 'lif')}"
+        return f"tau={self.tau}, decay_input={self.decay_input}, {super().extra_repr()}"
+
+
+class IFNode(BaseNode):
+    """Integrate-and-fire neurons: those of `LIFNode` without a leak, h = v + x.
+
+    Args:
+        v_threshold: This and the others as in `LIFNode`.
+        v_reset: Potential after a spike; None for soft reset.
+        surrogate_function: The surrogate gradient.
+        detach_reset: Whether the reset passes no gradient to the spike.
+        step_mode: "m" or "s".
+        backend: The kernel.
+        store_v_seq: Whether the potential after each time step is kept.
+        surrogate: Another name of surrogate_function.
+    """
+
+    tau, decay_input = math.inf, False
+
+    def __init__(
+        self,
+        v_threshold: float | Tensor = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: str | Surrogate | nn.Module | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+        backend: str = "auto",
+        store_v_seq: bool = False,
+        *,
+        surrogate: str | Surrogate | nn.Module | None = None,
+    ):
+        super().__init__(
+            v_threshold, v_reset, surrogate_function, detach_reset, step_mode, backend, store_v_seq, surrogate
         )
 
 
-def reset_net(network: nn.Module) -> None:
-    """Call `reset` of every module in `network` that has one, so that its neurons start at rest: before each batch."""
-    for module in network.modules():
-        if callable(getattr(module, "reset", None)):
-            module.reset()
+class ParametricLIFNode(BaseNode):
+    """LIF neurons that learn their time constant: tau = 1/sigmoid(w), one w for the layer (arXiv 2007.05785).
+
+    The operator divides by tau where SpikingJelly multiplies by sigmoid(w), so the last bit of a potential may differ.
+
+    Args:
+        init_tau: Time constant at first, above 1.
+        decay_input: This and the others as in `LIFNode`.
+        v_threshold: Firing threshold.
+        v_reset: Potential after a spike; None for soft reset.
+        surrogate_function: The surrogate gradient.
+        detach_reset: Whether the reset passes no gradient to the spike.
+        step_mode: "m" or "s".
+        backend: The kernel.
+        store_v_seq: Whether the potential after each time step is kept.
+        surrogate: Another name of surrogate_function.
+
+    Attributes:
+        w: The learnable parameter, a scalar.
+        tau: The time constant, a tensor through which w gets its gradient.
+    """
+
+    def __init__(
+        self,
+        init_tau: float = 2.0,
+        decay_input: bool = True,
+        v_threshold: float | Tensor = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: str | Surrogate | nn.Module | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+        backend: str = "auto",
+        store_v_seq: bool = False,
+        *,
+        surrogate: str | Surrogate | nn.Module | None = None,
+    ):
+        super().__init__(
+            v_threshold, v_reset, surrogate_function, detach_reset, step_mode, backend, store_v_seq, surrogate
+        )
+        init_tau = require_number("init_tau", init_tau, above=1.0)
+        self.decay_input = decay_input
+        self.w = nn.Parameter(torch.tensor(-math.log(init_tau - 1.0)))
+        neuron_options(**{name: getattr(self, name) for name in NEURON_OPTIONS})
+
+    @property
+    def tau(self) -> Tensor:  # noqa: D102
+        return 1.0 / self.w.double().sigmoid()  # float32 would round it twice
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"tau={self.tau.item():g}, decay_input={self.decay_input}, {super().extra_repr()}"
 
 
-def detach_net(network: nn.Module) -> None:
-    """Call `detach` of every module in `network` that has one: neurons keep their potential, and cut its graph."""
-    for module in network.modules():
-        if callable(getattr(module, "detach", None)):
-            module.detach()
+_NOT_KEPT = (
+    "v was not kept, because this neuron ran in one operator with the batch norm before it: call reset_net(network) "
+    "before the next input, or use convert(network, fuse=False) where potentials are read or carried on."
+)
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass is running, in which gradient checkpointing calls modules once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _exporting() -> bool:
+    """Whether torch.export is tracing; an exported program starts each call where this one does."""
+    return getattr(torch.compiler, "is_exporting", bool)()

@@ -57,13 +57,32 @@ def require_integer(name: str, value: object, at_least: int) -> int:
     return value
 
 
-def as_surrogate(value: str | Surrogate) -> Surrogate:
-    """A name, or a Surrogate with its own alpha."""
+# SpikingJelly's class -> the same function here
+SPIKINGJELLY_SURROGATES = {
+    "Sigmoid": "sigmoid",
+    "ATan": "atan",
+    "PiecewiseQuadratic": "piecewise_quadratic",
+    "PiecewiseExp": "piecewise_exp",
+    "SoftSign": "soft_sign",
+    "SuperSpike": "super_spike",
+    "Erf": "erf",
+    "Rect": "rectangle",
+}
+
+
+def as_surrogate(value: str | Surrogate | torch.nn.Module) -> Surrogate:
+    """A name, a Surrogate with its own alpha, or one of SpikingJelly's surrogate functions."""
     if isinstance(value, Surrogate):
         return value
-    if not isinstance(value, str):
-        raise TypeError(f"surrogate must be a name or a Surrogate; got {type(value).__name__}.")
-    return Surrogate(value)
+    if isinstance(value, str):
+        return Surrogate(value)
+    kind = type(value)
+    if kind.__name__ not in SPIKINGJELLY_SURROGATES or not kind.__module__.startswith("spikingjelly."):
+        names = ", ".join(SPIKINGJELLY_SURROGATES)
+        raise TypeError(f"surrogate must be a name, a Surrogate, or SpikingJelly's {names}; got {kind.__name__}.")
+    if not value.spiking:
+        raise ValueError(f"surrogate must fire spikes; got {kind.__name__} with spiking=False, which is smooth.")
+    return Surrogate(SPIKINGJELLY_SURROGATES[kind.__name__], value.alpha)
 
 
 def neuron_options(
@@ -71,11 +90,11 @@ def neuron_options(
     decay_input: bool,
     v_threshold: float | torch.Tensor,
     v_reset: float | None,
-    surrogate: str | Surrogate,
+    surrogate: str | Surrogate | torch.nn.Module,
     detach_reset: bool,
 ) -> dict:
     """The options of a LIF neuron as keyword arguments of the kernels, checked as far as can be without its input."""
-    if not isinstance(tau, torch.Tensor):
+    if not isinstance(tau, torch.Tensor) and not (tau == math.inf and decay_input is False):
         require_number("tau", tau, at_least=1.0)
     if not isinstance(v_threshold, torch.Tensor):
         require_number("v_threshold", v_threshold)

@@ -40,11 +40,11 @@ def lif(
     Args:
         x: Input current [T, ...], in any strides; float16, bfloat16, float32 or float64.
         tau: Membrane time constant in time steps, at least 1. A float, or a tensor, scalar or [C] for x [T, B, C, ...],
-            which may take a gradient.
+            which may take a gradient. Without `decay_input` it may be infinite: neurons that do not leak.
         decay_input: Whether the input is divided by tau as well.
         v_threshold: Firing threshold; a float or a tensor, as tau.
         v_reset: Potential after a spike; None for soft reset.
-        surrogate: Name of the surrogate gradient, or a `Surrogate` with its own alpha.
+        surrogate: Name of the surrogate gradient, a `Surrogate` with its own alpha, or one of SpikingJelly's modules.
         detach_reset: Whether the reset passes no gradient to the spike.
         v_init: Membrane potential before the first step, shape of x[0]. None: v_reset, or 0 with soft reset.
         return_v_last: Whether v_last is wanted; else None takes its place, and it is not written.

@@ -57,7 +57,7 @@ def test_no_state_is_kept_between_calls(network):
     first = own(x)
     own(images(B=4, seed=1))  # another batch size needs no reset
     assert torch.equal(own(x), first)
-    assert all(neuron.v is None for neuron in neurons(own).values())
+    assert all(neuron.v == 0.0 for neuron in neurons(own).values())
 
 
 @torch.no_grad()
