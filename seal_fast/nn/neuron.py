@@ -358,5 +358,11 @@ def _recomputing() -> bool:
 
 
 def _exporting() -> bool:
-    """Whether torch.export is tracing; an exported program starts each call where this one does."""
-    return getattr(torch.compiler, "is_exporting", bool)()
+    """Whether torch.export is tracing; an exported program starts each call where this one does.
+
+    torch 2.6 cannot be asked in its strict mode: there a reset after the export is needed.
+    """
+    compiler = torch.compiler
+    if hasattr(compiler, "is_exporting"):
+        return compiler.is_exporting()
+    return compiler.is_compiling() and not compiler.is_dynamo_compiling()

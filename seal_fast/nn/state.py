@@ -87,6 +87,16 @@ class MemoryModule(nn.Module):
         """Keep the memories, but cut their graphs: for backpropagation through time in parts."""
         self._memories.update(_detached(self._memories))
 
+    def functional_forward(self, inputs: tuple, states: tuple, **options) -> tuple[tuple, tuple]:
+        """Outputs for `inputs`, and memories after them, where `states` are the memories before; none is kept."""
+        kept = dict(self._memories)
+        self._memories.update(zip(kept, states, strict=True))
+        try:
+            outputs = self.forward(*inputs, **options)
+            return outputs if isinstance(outputs, tuple) else (outputs,), tuple(self._memories.values())
+        finally:
+            self._memories.update(kept)
+
     def __getattr__(self, name: str):
         memories = self.__dict__.get("_memories", ())
         return memories[name] if name in memories else nn.Module.__getattr__(self, name)
