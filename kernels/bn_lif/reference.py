@@ -18,12 +18,24 @@ from torch import nn
 from . import ranks
 
 
+def has_step_modes(bn: nn.Module) -> bool:
+    """Whether `bn` is SpikingJelly's batch norm, which is torch's on the rows of [T, B, C, ...] in step mode "m"."""
+    kind = type(bn)
+    return kind.__name__ in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d") and kind.__module__.startswith(
+        "spikingjelly."
+    )
+
+
+def _rows(y: torch.Tensor, bn: nn.Module) -> torch.Tensor:
+    return nn.modules.batchnorm._BatchNorm.forward(bn, y) if has_step_modes(bn) else bn(y)
+
+
 def batch_norm(y: torch.Tensor, bn: nn.Module, repeats: int = 1) -> torch.Tensor:
     """`bn(y)`, with running statistics as if every row of y occurred `repeats` times.
 
     Args:
         y: [N, C, ...].
-        bn: A torch batch-norm module.
+        bn: A torch batch-norm module, or SpikingJelly's, whose step mode does not matter.
         repeats: How many time steps y stands for.
     """
     updates = bn.training and bn.track_running_stats
@@ -34,11 +46,11 @@ def batch_norm(y: torch.Tensor, bn: nn.Module, repeats: int = 1) -> torch.Tensor
             update_running_statistics(bn, mean, variance, repeats * count)
         return out
     if repeats == 1 or not updates:
-        return bn(y)
+        return _rows(y, bn)
     bn._check_input_dim(y)
     count = y.numel() // y.shape[1]
     if count == 1:  # torch refuses it: let the module see every row
-        return bn(y.repeat(repeats, *[1] * (y.dim() - 1)))[: y.shape[0]]
+        return _rows(y.repeat(repeats, *[1] * (y.dim() - 1)), bn)[: y.shape[0]]
 
     mean, variance = torch.zeros_like(bn.running_mean), torch.zeros_like(bn.running_var)
     out = F.batch_norm(y, mean, variance, bn.weight, bn.bias, training=True, momentum=1.0, eps=bn.eps)

@@ -181,6 +181,19 @@ class BaseNode(MemoryModule):
             self._before, self._calls = self._memories["v"], self._calls + 1
         self._memories["v"] = v
 
+    def mark_unknown(self) -> None:
+        """Let the neuron know of a call that did not come by here, and whose last potential is not known."""
+        self._keep(_Unknown)
+
+    def release(self) -> None:
+        """Be an instance of the class that `convert` found, and of no other."""
+        if self._memories["v"] is _Unknown:
+            self._memories["v"] = self._memories_rv["v"]
+        original = self._original
+        for name in ("_original", "_chosen_backend", "_before", "_calls"):
+            self.__dict__.pop(name, None)
+        object.__setattr__(self, "__class__", original)
+
     def _forget_calls(self) -> None:
         if self._calls:
             self._before, self._calls = None, 0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..kernels.bn_lif import ranks
-from ..kernels.bn_lif.reference import update_running_statistics
+from ..kernels.bn_lif.reference import has_step_modes, update_running_statistics
 
 _PLAIN = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 
@@ -49,8 +49,13 @@ NO_NORM = Norm(None, None, 0)
 
 def can_fuse(bn: nn.Module) -> bool:
     """Whether nothing but torch's own computation would run if the module were called."""
-    hooks = bn._forward_hooks, bn._forward_pre_hooks, bn._backward_hooks, bn._backward_pre_hooks
-    return type(bn).forward in _PLAIN and not any(hooks)
+    return (type(bn).forward in _PLAIN or has_step_modes(bn)) and not has_hooks(bn)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module would run anything besides its forward and what autograd recorded of it."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
 
 
 def norm_of(bn: nn.Module, y: Tensor, repeats: int, statistics) -> Norm:

@@ -43,8 +43,9 @@ def bn_lif(
 
     Args:
         y: Convolution output [T·B, C, ...], T outermost; with `static`, [B, C, ...], the same at each time step.
-        bn: nn.BatchNorm1d, 2d, 3d or nn.SyncBatchNorm. In training mode its running statistics are updated as if it had
-            seen all T·B rows, also where y is static. Where it has hooks it is called, and nothing is fused.
+        bn: nn.BatchNorm1d, 2d or 3d, SpikingJelly's layers of these names, or nn.SyncBatchNorm. In training mode its
+            running statistics are updated as if it had seen all T·B rows, also where y is static. Where it has hooks it
+            is called, and nothing is fused.
         lif: A LIFNode, whose options (tau, v_threshold, …) and backend are used, and whose state is not.
         time_steps: T.
         residual: Added after batch norm; [T·B, C, ...], or [B, C, ...] for one that is the same at each time step.
@@ -86,7 +87,8 @@ def bn_lif(
             (residual_bn.weight, residual_bn.bias),
         )
     call = _Call(
-        *(y, residual, *learned, bn.weight, bn.bias, *parameters, *norm[:2], *of_residual[:2]),
+        *(y, residual, *learned, bn.weight, bn.bias, *parameters, norm.mean, norm.inverse_std),
+        *(of_residual.mean, of_residual.inverse_std),
         *(norm.count, of_residual.count, numbers, time_steps, static, return_membrane_input, _packed.wanted()),
     )
     if eager or norm.group is not None:
