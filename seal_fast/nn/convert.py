@@ -10,9 +10,11 @@ from torch import nn
 
 from ..backends import check_name
 from ..ops._arguments import NEURON_OPTIONS, as_surrogate, neuron_options
-from .fuse import CannotFuse, Fused, Plan, ends_in_norm, fused_class, has_step_modes
+from .fuse import Fused, Plan, fused_class
+from .layer import normalises_rows, normalises_steps
 from .neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
 from .state import related
+from .trace import CannotFuse, ends_in_norm
 
 _NEURONS = {cls.__name__: cls for cls in (IFNode, LIFNode, ParametricLIFNode)}
 
@@ -163,7 +165,7 @@ def _fuse_containers(model: nn.Module, entries: dict[str, Entry]) -> None:
     registered = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for path, container in [*model.named_modules()]:
         children = [child for child in container._modules.values() if child is not None]
-        norms = any(has_step_modes(child) or ends_in_norm(child) for child in children)
+        norms = any(normalises_steps(child) or normalises_rows(child) or ends_in_norm(child) for child in children)
         if not norms or not any(isinstance(child, BaseNode) for child in children) or isinstance(container, Fused):
             continue
         excluded = frozenset(

@@ -193,7 +193,8 @@ class _Call(NamedTuple):
 
     def flat(self) -> tuple:
         """The arguments of the registered operator."""
-        return (*self[:14], *self.numbers, *self[15:])
+        values = tuple(self)  # torch 2.6 cannot compile a slice of a named one
+        return (*values[:14], *self.numbers, *values[15:])
 
     @property
     def norms(self) -> tuple[Norm, Norm | None]:
