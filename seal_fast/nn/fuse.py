@@ -41,7 +41,7 @@ class Plan:
         return (
             all(getattr(container, name, None) == value for name, value in self.values)
             and self.children == _children(container)
-            and all(_is_same_sequence(container.get_submodule(name), names) for name, names in self.inlined)
+            and all(_is_same_sequence(container._modules[name], names) for name, names in self.inlined)
         )
 
 

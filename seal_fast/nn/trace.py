@@ -47,7 +47,7 @@ class _Children(fx.Tracer):
         self.inlined: list[_Inlined] = []
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        if not ends_in_norm(module):
+        if "." in name or not ends_in_norm(module):
             return True
         self.inlined.append((name, tuple(module._modules)))
         return False
