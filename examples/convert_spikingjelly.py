@@ -62,7 +62,8 @@ def main(arguments=None):
     print(f"\n{args.model}, T = {args.time_steps}, batch {args.batch}, {args.size}x{args.size}, {device}")
     for name, times in seconds.items():
         best, median = min(times), statistics.median(times)
-        print(f"{name:>12}: best {1000 * best:7.1f} ms, median {1000 * median:7.1f} ms, {args.batch / median:6.1f} images/s")
+        rate = args.batch / median
+        print(f"{name:>12}: best {1000 * best:7.1f} ms, median {1000 * median:7.1f} ms, {rate:6.1f} images/s")
     of_both = [(min(times), statistics.median(times)) for times in seconds.values()]
     best, median = (before / after for before, after in zip(*of_both, strict=True))
     print(f"     speedup: best {best:.2f}, median {median:.2f}")

@@ -10,11 +10,12 @@ from torch import nn
 
 from ..backends import check_name
 from ..ops._arguments import NEURON_OPTIONS, as_surrogate, neuron_options
-from .fuse import Fused, Plan, fused_class
+from .fuse import Fused, unfuse
+from .fuse import fuse as fuse_container
 from .layer import normalises_rows, normalises_steps
 from .neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
 from .state import related
-from .trace import CannotFuse, ends_in_norm
+from .trace import ends_in_norm
 
 _NEURONS = {cls.__name__: cls for cls in (IFNode, LIFNode, ParametricLIFNode)}
 
@@ -107,8 +108,7 @@ def revert(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, Fused):
-            module.__dict__.pop("_plan", None)
-            object.__setattr__(module, "__class__", type(module)._stands_for)
+            unfuse(module)
         elif isinstance(module, BaseNode) and module._original is not None:
             module.release()
 
@@ -174,13 +174,10 @@ def _fuse_containers(model: nn.Module, entries: dict[str, Entry]) -> None:
             if isinstance(module, BaseNode) and registered[id(module)] > 1
         )
         was = type(container).__name__
-        try:
-            plan = Plan(container, excluded)
-        except CannotFuse as error:
-            entries[path] = Entry(path, was, "", f"{error}; its neurons run unfused")
+        plan = fuse_container(container, excluded)
+        if isinstance(plan, str):
+            entries[path] = Entry(path, was, "", f"{plan}; its neurons run unfused")
             continue
-        object.__setattr__(container, "__class__", fused_class(type(container)))
-        container._plan = plan
         for chain in plan.chains:
             name = f"{path}.{chain.neuron}" if path else chain.neuron
             kind = type(container.get_submodule(chain.neuron)).__name__

@@ -6,7 +6,6 @@ the original forward wherever what it was traced with has changed.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 
@@ -82,8 +81,25 @@ class Fused:
         excluded = state.pop("_plan")
         super().__setstate__(state)
         if excluded is not None:
-            with contextlib.suppress(CannotFuse):
-                self._plan = Plan(self, excluded)
+            object.__setattr__(self, "__class__", type(self)._stands_for)
+            fuse(self, excluded)
+
+
+def fuse(container: nn.Module, excluded: frozenset[str]) -> Plan | str:
+    """Let the container run fused, in place; the plan, or why there is none. Arguments are those of `Plan`."""
+    try:
+        plan = Plan(container, excluded)
+    except CannotFuse as error:
+        return str(error)
+    object.__setattr__(container, "__class__", fused_class(type(container)))
+    container._plan = plan
+    return plan
+
+
+def unfuse(container: Fused) -> None:
+    """Let the container be an instance of its own class alone."""
+    container.__dict__.pop("_plan", None)
+    object.__setattr__(container, "__class__", type(container)._stands_for)
 
 
 @functools.cache

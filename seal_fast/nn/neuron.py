@@ -90,7 +90,9 @@ class BaseNode(MemoryModule):
 
     @surrogate.setter
     def surrogate(self, value: str | Surrogate) -> None:
-        self.surrogate_function = as_surrogate(value)
+        surrogate = as_surrogate(value)
+        self._modules.pop("surrogate_function", None)  # SpikingJelly's, which only a module could follow
+        self.surrogate_function = surrogate
 
     @property
     def backend(self) -> str:  # noqa: D102

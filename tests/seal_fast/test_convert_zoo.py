@@ -9,6 +9,7 @@ import seal_fast
 
 pytest.importorskip("spikingjelly", reason="spikingjelly is not installed")
 from spikingjelly.activation_based import functional, layer, neuron
+
 from spikingjelly_networks import ZOO, frames, zoo_network
 
 GRADIENT = 1e-5  # of the largest entry, in float64; measured 2e-13
@@ -91,7 +92,7 @@ def test_float32_is_within_the_rounding_of_batch_norm(name):
     x = frames(4, 2, 3, 32, 32)
     _, seen, _, _ = watched(network, x, inputs_of_layers)
     _, before, _, _ = watched(original, x, inputs_of_layers)
-    # Until a potential meets the threshold by less than the rounding, all are equal; then spikes differ, a few at first.
+    # All are equal until a potential meets the threshold by less than the rounding; then spikes differ, a few at first.
     different = [(spikes != expected).float().mean().item() for spikes, expected in zip(seen, before, strict=True)]
     assert different[0] == 0.0
     assert max(different[: len(different) // 2]) < 1e-3  # measured 0

@@ -30,10 +30,8 @@ def normal(*shape, seed):
 
 def run(node, x, upstream):
     """Spikes, last potential, and gradients of x and the parameters; the second half goes on from the first."""
-    if node.step_mode == "m":
-        spikes = torch.cat([node(x[:2]), node(x[2:])])
-    else:
-        spikes = torch.stack([node(x_t) for x_t in x])
+    parts = x.split(2) if node.step_mode == "m" else x
+    spikes = torch.cat([node(part).reshape(-1, *x.shape[1:]) for part in parts])
     gradients = torch.autograd.grad((spikes * upstream).sum() + node.v.sum(), [x, *node.parameters()])
     return spikes, node.v, *gradients
 
