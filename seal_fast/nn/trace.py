@@ -39,12 +39,41 @@ class CannotFuse(Exception):  # noqa: N818
     """Why a container's forward stays as it is."""
 
 
+class _Proxy(fx.Proxy):
+    """Records x += y as what writes to x, where torch.fx takes it for x = x + y."""
+
+
+def _record(operation):
+    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
+for _name in (
+    "add",
+    "and",
+    "floordiv",
+    "lshift",
+    "matmul",
+    "mod",
+    "mul",
+    "or",
+    "pow",
+    "rshift",
+    "sub",
+    "truediv",
+    "xor",
+):
+    setattr(_Proxy, f"__i{_name}__", _record(getattr(operator, f"__i{_name}__")))
+
+
 class _Children(fx.Tracer):
     """Traces a container's own code: its children are leaves, but for sequences that end in a batch norm."""
 
     def __init__(self):
         super().__init__()
         self.inlined: list[_Inlined] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         if "." in name or not ends_in_norm(module):
