@@ -4,6 +4,7 @@ Spikes and potentials equal the reference's, bit for bit; gradients are its own 
 """
 
 import itertools
+import math
 import os
 
 import pytest
@@ -105,6 +106,13 @@ def test_any_dtype(T, N, dtype):
 def test_any_neuron(tau, v_reset, decay_input, detach_reset):
     options = {"tau": tau, "v_reset": v_reset, "decay_input": decay_input, "detach_reset": detach_reset}
     check(numbers(4, 60) * 2, options)
+
+
+@pytest.mark.parametrize("v_reset", [0.0, -0.3, None], ids=["hard", "hard to -0.3", "soft"])
+def test_neurons_without_a_leak(v_reset):
+    check(
+        numbers(4, 60) * 2, {"tau": math.inf, "decay_input": False, "v_reset": v_reset, "v_init": numbers(60, seed=3)}
+    )
 
 
 @pytest.mark.parametrize("alpha", [None, 0.7])

@@ -1,6 +1,7 @@
 """LIFNode: the state between calls, and what users do with modules."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("each_backend")
 OPTIONS = {
     "default": {},
     "published": {"decay_input": False},
+    "no leak": {"decay_input": False, "tau": math.inf, "v_reset": 0.3, "v_threshold": 2.0},
     "soft": {"v_reset": None, "tau": 1.25},
     "hard to -0.2, detached": {"v_reset": -0.2, "detach_reset": True, "surrogate": "atan", "v_threshold": 0.7},
 }
