@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("spikingjelly", reason="spikingjelly is not installed")
-EXAMPLE = Path(__file__).parents[2] / "examples" / "convert_spikingjelly.py"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "convert_spikingjelly.py"
 
 
 def run(monkeypatch, *arguments):
@@ -33,3 +34,15 @@ def test_a_wrong_argument_is_one_sentence_and_exit_code_2(monkeypatch, capsys):
         run(monkeypatch, "--steps", "0")
     assert caught.value.code == 2
     assert "steps, time_steps, batch and size must be at least 1" in capsys.readouterr().err
+
+
+def test_the_page_shows_what_its_code_prints(capsys):
+    page = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) <= 10
+    exec(compile(code, "docs/convert.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    shown = [line.strip() for line in page.partition(code)[2].splitlines() if line.startswith("    ")]
+    shown = [line for line in shown if line != "…" and not line.startswith("python ")]
+    assert len(shown) >= 4
+    assert [line for line in printed if line in shown] == shown
