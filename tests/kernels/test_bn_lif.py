@@ -166,7 +166,7 @@ def test_channels_last_rows_give_channels_last_spikes_and_the_same_values():
 def test_state_of_the_neuron_is_neither_read_nor_written():
     y, bn, node = normal(T * B, C, 4, 2), batch_norm(train=False), LIFNode(decay_input=False)
     expected = bn_lif(y, bn, node, time_steps=T)
-    assert node.v is None
+    assert node.v == 0.0
     node.v = torch.full((B, C, 4, 2), 0.9)
     assert torch.equal(bn_lif(y, bn, node, time_steps=T), expected)
     assert (node.v == 0.9).all()
