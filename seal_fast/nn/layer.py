@@ -83,4 +83,5 @@ def _can_normalise(bn: nn.Module, y: Tensor) -> bool:
 
 def _global_hooks() -> bool:
     of_all = nn.modules.module
-    return bool(of_all._global_forward_hooks or of_all._global_forward_pre_hooks or of_all._global_backward_hooks)
+    forward = of_all._global_forward_hooks or of_all._global_forward_pre_hooks
+    return bool(forward or of_all._global_backward_hooks or of_all._global_backward_pre_hooks)

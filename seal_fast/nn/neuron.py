@@ -165,7 +165,7 @@ class BaseNode(MemoryModule):
         return v
 
     def _before_call(self) -> float | Tensor | type[_Unknown]:
-        if not self._calls or not _recomputing():
+        if not self._calls or not self._replays():
             return self._memories["v"]
         if self._calls > 1:
             raise RuntimeError(
@@ -175,11 +175,17 @@ class BaseNode(MemoryModule):
             )
         return self._before
 
+    def _replays(self) -> bool:
+        """Whether the call is one that gradient checkpointing makes once more, while a backward pass is running."""
+        if torch.compiler.is_compiling() or self._is_function:
+            return False
+        return torch._C._current_graph_task_id() != -1
+
     def _keep(self, v: Tensor | type[_Unknown]) -> None:
         """Let the next call start from v."""
-        if _recomputing() or _exporting():
+        if self._replays() or _exporting():
             return
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self._is_function:
             self._before, self._calls = self._memories["v"], self._calls + 1
         self._memories["v"] = v
 
@@ -365,11 +371,6 @@ _NOT_KEPT = (
     "v was not kept, because this neuron ran in one operator with the batch norm before it: call reset_net(network) "
     "before the next input, or use convert(network, fuse=False) where potentials are read or carried on."
 )
-
-
-def _recomputing() -> bool:
-    """Whether a backward pass is running, in which gradient checkpointing calls modules once more."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _exporting() -> bool:

@@ -25,6 +25,7 @@ class MemoryModule(nn.Module):
     """
 
     _original = None  # the class that `convert` found here
+    _is_function = False  # whether functional_forward is running
 
     def __new__(cls, *args, **kwargs):  # noqa: D102
         return object.__new__(related(cls))
@@ -91,10 +92,12 @@ class MemoryModule(nn.Module):
         """Outputs for `inputs`, and memories after them, where `states` are the memories before; none is kept."""
         kept = dict(self._memories)
         self._memories.update(zip(kept, states, strict=True))
+        self._is_function = True
         try:
             outputs = self.forward(*inputs, **options)
             return outputs if isinstance(outputs, tuple) else (outputs,), tuple(self._memories.values())
         finally:
+            self._is_function = False
             self._memories.update(kept)
 
     def __getattr__(self, name: str):

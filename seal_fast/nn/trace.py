@@ -100,6 +100,8 @@ def traced(container: nn.Module, excluded: frozenset[str]) -> tuple[object, list
     Raises:
         CannotFuse: There is no such code.
     """
+    if "forward" in vars(container):
+        raise CannotFuse("its forward was replaced")
     found = []
     before, training = _contents(container), container.training
     for container.training in (True, False):

@@ -104,6 +104,22 @@ def test_checkpoints_of_single_steps_are_refused_in_a_sentence():
         spikes.sum().backward()
 
 
+def test_a_neuron_as_a_function_of_its_memories_is_one_within_a_backward_pass_too():
+    node, seen = seal_fast.nn.LIFNode(), []
+    x = X.clone().requires_grad_()
+    v = torch.full(X.shape[1:], 0.5)
+    expected = node.functional_forward((X,), (v,))
+    spikes = node(x)
+    x.register_hook(lambda _: seen.append(node.functional_forward((X,), (v,))))
+    after = node.v
+    spikes.sum().backward()
+    assert node.v is after
+    ((outputs, memories),) = seen
+    assert torch.equal(outputs[0], expected[0][0])
+    assert torch.equal(memories[0], expected[1][0])
+    assert not torch.equal(memories[0], after)
+
+
 @pytest.mark.parametrize("fuse", [True, False])
 def test_autocast(fuse):
     network = converted(fuse)

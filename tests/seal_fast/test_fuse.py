@@ -215,6 +215,13 @@ def test_what_is_not_proved_is_not_fused_and_says_why(forward, reason, fused_cal
     assert fused_calls == []
 
 
+def test_a_module_whose_forward_was_replaced_is_not_fused():
+    network = parts(FUSED["plain"][0])
+    network.forward = lambda x: network.sn(network.bn(x))
+    (entry,) = convert(network).left
+    assert entry.reason == "its forward was replaced; its neurons run unfused"
+
+
 def test_a_neuron_that_is_called_from_elsewhere_is_not_fused(fused_calls):
     network = nn.Sequential(parts(FUSED["plain"][0]), Conv(C, C, 1).double())
     nn.init.uniform_(network[1].weight, 0.0, 3.0)
