@@ -12,9 +12,9 @@ from spikingjelly.activation_based import functional, layer, neuron
 
 from spikingjelly_networks import ZOO, frames, zoo_network
 
-GRADIENT = 1e-5  # of the largest entry, in float64; measured 2e-13
+GRADIENT = 1e-10  # of the largest entry, in float64; measured 5e-13, with a learned tau, else 2e-14
 ZERO = 1e-13  # of a convolution's bias before batch norm; measured 9e-16
-STATISTIC = 1e-12  # measured 2e-15
+STATISTIC = 1e-13  # measured 4e-15
 
 
 def watched(network, x, at):
@@ -71,7 +71,7 @@ def test_spikes_are_equal_at_every_layer_and_so_are_gradients(name, train, at):
     for spikes, before in zip(seen, seen_before, strict=True):
         assert torch.equal(spikes, before)
         assert before.any()
-    torch.testing.assert_close(output, expected, rtol=0, atol=STATISTIC)
+    assert torch.equal(output, expected)
     for gradient, before in zip(gradients, gradients_before, strict=True):
         if train:
             torch.testing.assert_close(gradient, before, rtol=0, atol=ZERO + GRADIENT * before.abs().max().item())
@@ -109,6 +109,6 @@ def test_other_neurons_of_the_zoo(kind):
     output, seen, gradients, _ = watched(network, x, inputs_of_layers)
     expected, seen_before, gradients_before, _ = watched(original, x, inputs_of_layers)
     assert all(torch.equal(*pair) for pair in zip(seen, seen_before, strict=True))
-    torch.testing.assert_close(output, expected, rtol=0, atol=STATISTIC)
+    assert torch.equal(output, expected)
     for gradient, before in zip(gradients, gradients_before, strict=True):
         torch.testing.assert_close(gradient, before, rtol=0, atol=ZERO + GRADIENT * before.abs().max().item())

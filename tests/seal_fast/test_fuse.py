@@ -17,7 +17,8 @@ from spikingjelly.activation_based import functional, layer, monitor, neuron
 
 from spikingjelly_networks import Conv, block, frames
 
-GRADIENT = 1e-11  # of the largest entry, in float64; measured 2e-14
+GRADIENT = 1e-12  # of the largest entry, in float64; measured 9e-15
+ZERO = 1e-12  # of a convolution's bias before batch norm; measured 4e-14
 T, B, C = 4, 2, 3
 
 
@@ -73,7 +74,7 @@ def equal(network, original, x):
     assert torch.equal(spikes, expected)
     for gradient, before in zip(gradients, gradients_before, strict=True):
         if before is not None:
-            torch.testing.assert_close(gradient, before, rtol=0, atol=GRADIENT * (1e-2 + before.abs().max().item()))
+            torch.testing.assert_close(gradient, before, rtol=0, atol=ZERO + GRADIENT * before.abs().max().item())
 
 
 def images(dtype=torch.float64, seed=0):
@@ -116,7 +117,7 @@ def test_chains_run_as_one_operator_with_equal_spikes_and_gradients(forward, cha
     equal(network, original, images())
     assert len(fused_calls) == len(chains)
     for name, buffer in network.named_buffers():
-        torch.testing.assert_close(buffer, original.get_buffer(name), rtol=1e-12, atol=1e-14)  # measured 3e-16
+        torch.testing.assert_close(buffer, original.get_buffer(name), rtol=1e-13, atol=1e-14)  # measured 2e-16
 
 
 def test_what_is_written_in_place_is_so_in_the_traced_code():
@@ -305,7 +306,7 @@ def test_without_fusion_potentials_go_on_from_call_to_call():
     assert convert(network, fuse=False).fused == []
     for part in x.split(2):
         assert torch.equal(network(part), original(part))
-        torch.testing.assert_close(network.sn2.v, original.sn2.v, rtol=0, atol=1e-13)  # measured 9e-16
+        assert torch.equal(network.sn2.v, original.sn2.v)
 
 
 def test_monitors_see_all_that_they_saw_before():
@@ -325,7 +326,7 @@ def test_monitors_see_all_that_they_saw_before():
             each_monitor.remove_hooks()
     assert len(seen[0]) == 6
     for record, expected in zip(*seen, strict=True):
-        torch.testing.assert_close(record, expected, rtol=0, atol=1e-13)  # measured 2e-15
+        assert torch.equal(record, expected)
 
 
 def test_slices_and_additions_of_a_fused_sequence_run():
