@@ -106,7 +106,7 @@ def _race(prepare, contestants: list[str], seconds: float) -> tuple[dict, dict[s
             steps[contestant] = step
         except torch.cuda.OutOfMemoryError:
             continue
-    return steps, measure.race(steps, seconds, 3)
+    return steps, measure.race(steps, seconds, 3, turn=min(seconds / 10, 0.02))
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -1,5 +1,7 @@
 """What the benchmark of the training step measures with: its floor, bytes kept for backward, peak memory, turns."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -78,3 +80,13 @@ def test_race_takes_turns():
     assert turns == list("abcabcabc")
     assert [len(seconds) for seconds in times.values()] == [3, 3, 3]
     assert min(min(seconds) for seconds in times.values()) > 0
+
+
+def test_a_turn_of_a_short_step_is_many_calls():
+    turns = []
+    steps = {"short": lambda: turns.append("short"), "long": lambda: (turns.append("long"), time.sleep(0.02))}
+    times = measure.race(steps, 0.0, 3, turn=0.01)
+    assert turns.count("long") == 1 + 3  # the first tells how long it takes
+    assert turns.count("short") > 100
+    assert max(times["short"]) < 1e-3
+    assert min(times["long"]) >= 0.02
