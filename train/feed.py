@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from seal_fast.train.stopping import held
+
 
 class Feed:
     """Batches of a loader on the device, finished there.
@@ -37,7 +39,8 @@ class Feed:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         asked = time.perf_counter()
-        batches = iter(self.loader)
+        with held():
+            batches = iter(self.loader)  # starts processes
         while True:
             batch = next(batches, None)
             self.waited += time.perf_counter() - asked

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.synchronize
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 
 # Exit codes. 75 is EX_TEMPFAIL of sysexits.h, which a scheduler can take for "start it again"; a shell gives 130 to a
 # program that Ctrl-C ended.
@@ -46,6 +48,22 @@ class Signals:
         self.received = signal.Signals(number)
 
 
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Let both signals wait, here and in processes that are started within: those take them in `leave_to_trainer`.
+
+    Else a signal could end such a process before it has come there.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, CODES)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_to_trainer(training: multiprocessing.synchronize.Event, _worker: int = 0) -> None:
     """In a process that loads data, ignore both signals while the trainer trains.
 
@@ -54,3 +72,5 @@ def leave_to_trainer(training: multiprocessing.synchronize.Event, _worker: int =
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: None if training.is_set() else os._exit(0))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)

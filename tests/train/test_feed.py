@@ -1,11 +1,16 @@
 """Batches on their way to the device."""
 
+import os
+import signal
+import threading
 import time
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from seal_fast.train.feed import Feed
+from seal_fast.train.stopping import Signals, leave_to_trainer
 
 DEVICES = [
     "cpu",
@@ -65,3 +70,28 @@ def test_errors_of_the_loader_pass():
 
     with pytest.raises(OSError, match="the disk is gone"):
         list(Feed(broken(), torch.device("cpu")))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="/proc tells which processes were started")
+def test_a_signal_while_processes_are_starting_does_not_end_them():
+    signals = Signals()
+
+    def start_slowly(_worker):
+        time.sleep(0.5)
+        leave_to_trainer(signals.training)
+
+    def terminate():
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            for child in file.read().split():
+                os.kill(int(child), signal.SIGTERM)
+
+    dataset = TensorDataset(torch.arange(8.0), torch.arange(8))
+    loader = DataLoader(dataset, 2, num_workers=1, worker_init_fn=start_slowly)
+    with signals:
+        timer = threading.Timer(0.2, terminate)
+        timer.start()
+        labels = [labels.tolist() for _, labels in Feed(loader, torch.device("cpu"))]
+        timer.join()
+    assert labels == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    signals_blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.SIGTERM not in signals_blocked
