@@ -126,6 +126,6 @@ def test_digits_dvs_from_nothing_to_a_student(tmp_path):
 @pytest.mark.parametrize("program", ["seal-fast-teacher", "seal-fast-distill", "seal-fast-demo"])
 def test_console_scripts_explain_themselves(program):
     script = Path(sys.executable).with_name(program)
-    result = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([script, "--help"], capture_output=True, encoding="utf-8", timeout=60)
     assert result.returncode == 0
     assert "--log_path" in result.stdout
