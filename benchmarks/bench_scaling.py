@@ -8,7 +8,6 @@ The table at the end gives the exponent p of time ~ size^p, fitted to the upper 
 from __future__ import annotations
 
 import functools
-import math
 
 import pytest
 import torch
@@ -118,6 +117,7 @@ def medians(report):
 def test_scaling(contest, benchmark, medians, tiny, study, size, contestant):
     make, argument, sizes = STUDIES[study]
     if tiny and size != sizes[0]:
+        # All sizes of a study run the same code, and the larger ones take minutes together.
         pytest.skip("one size shows that the study runs")
     step, kept = make(**{argument: size})
     name = {"ours": "seal-fast", "peer": PEER if make is steps_of_lif else "published, eager"}[contestant]
@@ -131,4 +131,3 @@ def test_scaling(contest, benchmark, medians, tiny, study, size, contestant):
         kept_bytes=kept(contestant),
     )
     medians.setdefault(study, {}).setdefault(name, {})[size] = benchmark.stats.stats.median
-    assert math.isfinite(benchmark.stats.stats.median)
