@@ -119,6 +119,9 @@ def _meeting(store: dist.Store) -> str:
 def finish() -> None:
     """Leave the other ranks."""
     if dist.is_initialized():
+        # Before torch 2.8, a group that ends waits for its threads without letting go of Python, and a thread that just
+        # ended the last exchange may need Python to free a tensor: they would wait for each other for ever.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 

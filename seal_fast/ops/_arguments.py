@@ -113,13 +113,13 @@ def neuron_options(
     }
 
 
-def require_per_channel(name: str, value: float | torch.Tensor, x: torch.Tensor) -> None:
-    """A float, a scalar tensor, or a tensor [C] for x [T, B, C, ...]."""
+def require_per_channel(name: str, value: float | torch.Tensor, of: str, x: torch.Tensor, dim: int) -> None:
+    """A float, a scalar tensor, or a tensor [C], where `dim` of x, called `of`, has the C channels."""
     if not isinstance(value, torch.Tensor):
         return
     require_float_tensor(name, value, "(scalar or [C])")
-    require_device(name, value, "x", x)
-    channels = x.shape[2] if x.dim() > 2 else None
+    require_device(name, value, of, x)
+    channels = x.shape[dim] if x.dim() > dim else None
     if value.dim() > 0 and (value.dim() > 1 or value.shape[0] != channels):
-        expected = "a scalar" if channels is None else f"a scalar or [{channels}], the channels of x {shape(x)}"
+        expected = "a scalar" if channels is None else f"a scalar or [{channels}], the channels of {of} {shape(x)}"
         raise ValueError(f"{name} must be {expected}; got {shape(value)}.")

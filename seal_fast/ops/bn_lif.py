@@ -117,7 +117,7 @@ def _check(y, bn, lif, time_steps, residual, residual_bn, static) -> int:
     if y.numel() == 0 or batch == 0 or (not static and y.shape[0] % time_steps):
         raise ValueError(f"y must have T·B rows with T = {time_steps} time steps; got {shape(y)}.")
     for name in ("tau", "v_threshold"):
-        require_per_channel(name, getattr(lif, name), y.unsqueeze(0) if static else y.unflatten(0, (time_steps, -1)))
+        require_per_channel(name, getattr(lif, name), "y", y, dim=1)
     _check_norm("bn", bn, "y", y)
     if residual is not None:
         require_float_tensor("residual", residual, "[T·B, C, ...]")

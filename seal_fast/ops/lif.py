@@ -65,8 +65,8 @@ def lif(
     if x.dim() < 1 or x.shape[0] == 0:
         raise ValueError(f"x must be [T, ...] with at least one time step; got {shape(x)}.")
     options = neuron_options(tau, decay_input, v_threshold, v_reset, surrogate, detach_reset)
-    require_per_channel("tau", tau, x)
-    require_per_channel("v_threshold", v_threshold, x)
+    require_per_channel("tau", tau, "x", x, dim=2)
+    require_per_channel("v_threshold", v_threshold, "x", x, dim=2)
     if v_init is not None:
         require_float_tensor("v_init", v_init, "with the shape of x[0]")
         require_device("v_init", v_init, "x", x)

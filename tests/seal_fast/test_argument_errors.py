@@ -87,7 +87,7 @@ BN_LIF = [
     ({"bn": nn.BatchNorm1d(3, device="meta")}, ValueError, r"bn must be on the device of y, cpu; got meta"),
     ({"node": nn.ReLU()}, TypeError, r"lif must be a LIFNode; got ReLU, which has no tau"),
     ({"node": LIFNode(backend="cupy")}, ValueError, r"backend 'cupy' cannot run bn_lif, because .+; .*torch can"),
-    ({"node": LIFNode(tau=torch.ones(2))}, ValueError, r"tau must be a scalar or \[3\], .*; got \[2\]"),
+    ({"node": LIFNode(tau=torch.ones(2))}, ValueError, r"tau must be .* \[3\], the channels of y .*; got \[2\]"),
     ({"node": LIFNode(v_threshold=torch.ones(2))}, ValueError, r"v_threshold must be a scalar or \[3\], .*; got \[2\]"),
     ({"time_steps": 0}, ValueError, r"time_steps must be an integer of at least 1; got 0"),
     ({"time_steps": 4.0}, TypeError, r"time_steps must be an integer of at least 1; got 4\.0"),

@@ -10,6 +10,7 @@ from torch import nn
 from seal_fast import bn_lif, models
 from seal_fast.backends import available
 from seal_fast.nn import LIFNode
+from seal_fast.train import ranks
 
 T = 2
 SIZES = (3, 2)  # images of each rank: the last batch of an epoch need not divide evenly
@@ -55,7 +56,7 @@ def rank_main(rank: int, file: str, results: str, backend: str):
     for gradient in gradients:
         dist.all_reduce(gradient)
     torch.save((gradients, of_inputs, state), f"{results}.{rank}")
-    dist.destroy_process_group()
+    ranks.finish()
 
 
 @pytest.mark.parametrize("backend", [name for name in ("cpu", "torch") if name in available("bn_lif")])

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import seal_fast
+from seal_fast.train import ranks
 
 pytest.importorskip("spikingjelly", reason="spikingjelly is not installed")
 from spikingjelly.activation_based import functional, neuron
@@ -158,7 +159,7 @@ def _train(rank: int, port: int, path: str) -> None:
         optimizer.step()
         functional.reset_net(network)
     torch.save(network.state_dict(), f"{path}/{rank}.pt")
-    dist.destroy_process_group()
+    ranks.finish()
 
 
 def test_two_ranks_train_as_one_with_the_mean_of_their_gradients(tmp_path):

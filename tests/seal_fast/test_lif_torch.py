@@ -36,12 +36,14 @@ def test_opcheck(backend, per_channel):
     torch.library.opcheck(torch.ops.seal_fast.lif.default, (channels_last, None, None, None, 2.0, *options[1:]))
 
 
+# Without the fixture: torch 2.6 compiles no `unflatten` where a default device is set.
+@pytest.mark.parametrize(("backend", "device"), CASES, ids=lambda value: value)
 @pytest.mark.parametrize("arch", ["resnet8", "resnet19"])
-def test_students_compile_whole(backend, arch):
+def test_students_compile_whole(backend, device, arch):
     torch.manual_seed(0)
-    network = models.student(arch, num_classes=3, in_channels=1, time_steps=2, backend=backend)
+    network = models.student(arch, num_classes=3, in_channels=1, time_steps=2, backend=backend).to(device)
     compiled = torch.compile(copy.deepcopy(network), fullgraph=True, backend="aot_eager")
-    images = torch.rand(2, 1, 8, 8)
+    images = torch.rand(2, 1, 8, 8, device=device)
     for training in (True, False):
         network.train(training)
         compiled.train(training)
