@@ -22,6 +22,7 @@ struct LossArguments {
   int64_t T, B, K, stride_t, stride_b;
   double alpha, beta, temperature;
   int32_t dtype, objective, wide_labels, threads;
+  int32_t outside;                 // set where a label is none of the classes; nothing else is written then
 };
 
 // As in cpu.py.
@@ -52,14 +53,19 @@ class Loss {
   typedef Softmax<State> S;
   static constexpr int64_t kLanes = VectorOf<State>::kLanes;
 
-  explicit Loss(const LossArguments& arguments)
+  explicit Loss(LossArguments& arguments)
       : a(arguments), length(padded(a.K)), log_k(std::log(double(a.K))), rate(State(1 / a.temperature)) {
-    for (int64_t b = 0; b < a.B; ++b) valid += label_of(b) != kIgnored;
+    for (int64_t b = 0; b < a.B; ++b) {
+      const int64_t label = label_of(b);
+      valid += label != kIgnored;
+      arguments.outside |= label != kIgnored && (label < 0 || label >= a.K);
+    }
     samples.resize(a.parts ? 3 * a.B : 0);
     aligned_over_time = a.weights || (a.objective == SEAL && a.T > 1);
   }
 
   void run() {
+    if (a.outside) return;
     const int64_t enough = a.T * a.B * (a.K + kFixed) / kGrain;
     const int threads = int(std::clamp<int64_t>(enough, 1, std::min<int64_t>(a.threads, a.B)));
 #pragma omp parallel num_threads(threads)
@@ -383,7 +389,7 @@ SEAL_EXPORT(seal_scale)(const ScaleArguments* arguments) {
   return with_types(arguments->dtype, [&](auto types) { scale(types, *arguments); });
 }
 
-SEAL_EXPORT(seal_loss)(const LossArguments* arguments) {
+SEAL_EXPORT(seal_loss)(LossArguments* arguments) {
   return with_types(arguments->dtype, [&](auto types) {
     Loss<typename decltype(types)::State, typename decltype(types)::Number>(*arguments).run();
   });

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..launch.cpu import DTYPES, run
 from ..lif.reference import state_dtype
+from .reference import require_classes
 
 OBJECTIVES = ("seal", "kd", "tdkd")  # in the order of cpu.cpp
 
@@ -23,7 +24,7 @@ class _Arguments(ctypes.Structure):
         ),
         *((name, ctypes.c_int64) for name in ("T", "B", "K", "stride_t", "stride_b")),
         *((name, ctypes.c_double) for name in ("alpha", "beta", "temperature")),
-        *((name, ctypes.c_int32) for name in ("dtype", "objective", "wide_labels", "threads")),
+        *((name, ctypes.c_int32) for name in ("dtype", "objective", "wide_labels", "threads", "outside")),
     )
 
 
@@ -51,20 +52,14 @@ def forward(
     """Loss, ce, ela and sta [4] in the state's dtype; and the loss's gradient [T, B, K] in the dtype of the logits."""
     dtype = state_dtype(logits.dtype)
     parts = torch.empty(4, dtype=dtype)
-    grad = torch.empty(logits.shape, dtype=logits.dtype) if gradient else None
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if gradient else None
     teacher_logits, labels = teacher_logits.to(dtype).contiguous(), labels.contiguous()
-    _launch(
-        logits,
-        alpha=alpha,
-        beta=beta,
-        temperature=temperature,
-        objective=OBJECTIVES.index(objective),
-        wide_labels=labels.dtype == torch.int64,
-        teacher=teacher_logits.data_ptr(),
-        labels=labels.data_ptr(),
-        parts=parts.data_ptr(),
-        grad=None if grad is None else grad.data_ptr(),
-    )
+    read = (teacher_logits.data_ptr(), labels.data_ptr())
+    written = (parts.data_ptr(), None if grad is None else grad.data_ptr(), None, None)
+    numbers = (alpha, beta, temperature)
+    switches = (OBJECTIVES.index(objective), labels.dtype == torch.int64)
+    if _launch(logits, (*read, *written), numbers, switches).outside:
+        require_classes(labels, logits.shape[2])
     return parts, grad
 
 
@@ -80,16 +75,15 @@ def weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     T, B, _ = logits.shape
     dtype = state_dtype(logits.dtype)
     outputs = torch.empty(B, T, T, dtype=dtype), torch.empty(T, B, dtype=dtype)
-    pointers = {"weights": outputs[0].data_ptr(), "confidence": outputs[1].data_ptr()}
-    _launch(logits, temperature=1.0, **pointers)
+    _launch(logits, (None,) * 4 + tuple(output.data_ptr() for output in outputs), (0.0, 0.0, 1.0), (0, False))
     return outputs
 
 
-def _launch(logits: Tensor, **values: float | None) -> None:
-    """Start the kernel with these of its arguments, tensors as pointers."""
+def _launch(logits: Tensor, pointers: tuple, numbers: tuple, switches: tuple) -> _Arguments:
+    """Start the kernel; the arguments after those of the logits, the sizes and dtype are in the structure's order."""
     if logits.stride(2) != 1:
         logits = logits.contiguous()
-    (T, B, K), (stride_t, stride_b, _) = logits.shape, logits.stride()
-    pointer, dtype, threads = logits.data_ptr(), DTYPES[logits.dtype], torch.get_num_threads()
-    strides = {"stride_t": stride_t, "stride_b": stride_b}
-    run("seal_loss", _Arguments(logits=pointer, T=T, B=B, K=K, dtype=dtype, threads=threads, **strides, **values))
+    sizes, dtype = (*logits.shape, *logits.stride()[:2]), DTYPES[logits.dtype]
+    arguments = _Arguments(logits.data_ptr(), *pointers, *sizes, *numbers, dtype, *switches, torch.get_num_threads())
+    run("seal_loss", arguments)
+    return arguments

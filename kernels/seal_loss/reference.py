@@ -28,6 +28,14 @@ _LOG_EPS = 1e-8  # inside the logarithm of the confidence
 _NORM_EPS = 1e-12  # smallest norm in the cosine similarity
 
 
+def require_classes(labels: torch.Tensor, K: int) -> None:
+    """Raise ValueError for labels on the CPU that are none of K classes and not to be ignored."""
+    low, high = (int(bound) for bound in torch.aminmax(labels))
+    outside = labels[((labels < 0) | (labels >= K)) & (labels != IGNORED)] if low < 0 or high >= K else ()
+    if len(outside):
+        raise ValueError(f"labels must be in [0, {K}) or {IGNORED} to be ignored; got {int(outside[0])}.")
+
+
 def seal_loss(
     logits: torch.Tensor,  # [T, B, K]
     teacher_logits: torch.Tensor,  # [B, K]

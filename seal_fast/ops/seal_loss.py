@@ -75,6 +75,8 @@ def seal_loss(
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}.")
     chosen = resolve(backend, "seal_loss", logits.device, logits.dtype, T)
+    if labels.device.type == "cpu" and chosen != "cpu" and not torch.compiler.is_compiling():
+        reference.require_classes(labels, K)  # that kernel looks at them itself
     if chosen == "torch":
         parts = reference.seal_loss(
             logits, teacher_logits, labels, alpha=alpha, beta=beta, temperature=temperature, objective=objective
@@ -82,9 +84,12 @@ def seal_loss(
         return LossParts(*parts)
     teacher_logits = teacher_logits.detach()
     gradient = torch.is_grad_enabled() and logits.requires_grad
-    run = _Eager.apply if is_eager(logits, teacher_logits, labels) else _loss
     numbers = float(alpha), float(beta), float(temperature)
-    return LossParts(*run(logits, teacher_logits, labels, *numbers, objective, chosen, gradient)[:4])
+    arguments = (logits, teacher_logits, labels, *numbers, objective, chosen, gradient)
+    if is_eager(logits, teacher_logits, labels):
+        loss, parts = _Eager.apply(*arguments) if gradient else _without_gradient(*arguments)
+        return LossParts(loss, *parts)
+    return LossParts(*_loss(*arguments)[:4])
 
 
 def selective_alignment_weights(logits: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +122,7 @@ def _require_logits(logits: torch.Tensor) -> None:
 
 
 def _require_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
-    B, K = logits.shape[1:]
+    B = logits.shape[1]
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"labels must be a tensor of class indices [B]; got {type(labels).__name__}.")
     if labels.dtype not in (torch.int64, torch.int32):
@@ -125,12 +130,6 @@ def _require_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
     require_device("labels", labels, "logits", logits)
     if labels.shape != (B,):
         raise ValueError(f"labels must be [{B}] for logits {shape(logits)}; got {shape(labels)}.")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in torch.aminmax(labels))
-        outside = labels[((labels < 0) | (labels >= K)) & (labels != reference.IGNORED)] if low < 0 or high >= K else ()
-        if len(outside):
-            first = int(outside[0])
-            raise ValueError(f"labels must be in [0, {K}) or {reference.IGNORED} to be ignored; got {first}.")
 
 
 _kernel = functools.partial(kernel_module, "seal_loss")
@@ -153,12 +152,18 @@ def _run(logits, teacher_logits, labels, alpha, beta, temperature, objective, ba
         objective=objective,
         gradient=gradient,
     )
-    return *parts.unbind(0), logits.new_empty(0) if grad is None else grad
+    return parts.unbind(0), grad
 
 
 def _run_apart(*arguments):
-    *parts, grad = _run(*arguments)
-    return *(part.clone() for part in parts), grad  # outputs of a registered operator share no memory
+    parts, grad = _run(*arguments)
+    # Outputs of a registered operator are tensors that share no memory.
+    return *(part.clone() for part in parts), arguments[0].new_empty(0) if grad is None else grad
+
+
+def _without_gradient(*arguments):
+    (loss, *parts), _ = _run(*arguments)
+    return loss, parts
 
 
 _loss = torch.library.custom_op(
@@ -211,18 +216,17 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _run(*inputs)
-        _save(ctx, inputs, output)
+        (loss, *parts), grad = _run(*inputs)
+        ctx.save_for_backward(*inputs[:3], grad)
+        ctx.arguments = inputs[3:]
         ctx.spent = False
-        return output
+        return loss, parts  # those in the list are no outputs to autograd
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
-        if grad_loss is None:
-            return (None,) * 9
+    def backward(ctx, grad_loss, _):
         *inputs, grad = ctx.saved_tensors
         if ctx.spent:  # the graph was retained for another pass
-            *_, grad = _run(*inputs, *ctx.arguments)
+            _, grad = _run(*inputs, *ctx.arguments)
         ctx.spent = True
         backend = ctx.arguments[-2]
         _kernel(backend).scale_(grad, grad_loss)

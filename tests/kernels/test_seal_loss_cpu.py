@@ -145,3 +145,14 @@ def test_compiles_whole():
     for loss, _ in outputs:
         loss.backward()
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("label", [7, -1, -99, 2**31 - 1])
+def test_the_operator_that_is_compiled_refuses_labels_too(label, dtype):
+    logits, teacher_logits, labels = inputs(3, 4, 7)
+    labels = labels.to(dtype)
+    labels[2] = label
+    arguments = (logits, teacher_logits, labels, 0.6, 0.15, 3.0, "seal", "cpu", False)
+    with pytest.raises(ValueError, match=rf"labels must be in \[0, 7\) or -100 to be ignored; got {label}"):
+        torch.ops.seal_fast.seal_loss(*arguments)

@@ -103,13 +103,16 @@ def test_data_that_is_lost_during_a_run(fault, tmp_path):
     assert_whole(tmp_path / "run")
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def test_death_of_a_worker(tmp_path):
     trainer = run(tmp_path, "--num_workers 2 --num_epoch 50", digits=None)
     wait_for(tmp_path / "run" / LAST, trainer)
-    pid = trainer.process.pid
-    for worker in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(worker), signal.SIGKILL)
+    (server,) = children(trainer.process.pid)  # a process that a fork server started has one of its own
+    first, *_ = children(server)
+    os.kill(first, signal.SIGKILL)
     assert "a process that loads data died" in error_of(trainer, 1)
     assert_whole(tmp_path / "run")
 
