@@ -165,6 +165,9 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         default="10m",
         help="save inside an epoch, too: each so many steps, or minutes as in 10m; 0 for never (default: %(default)s)",
     )
+    parser.add_argument(
+        "--frame_size", type=int, help="side of the frames of event data, in pixels (default: 48, as published)"
+    )
     _add_switch(parser, "--auto_aug", None, "AutoAugment (default: as published for the dataset)")
     _add_switch(parser, "--cutout", None, "cutout (default: as published for the dataset)")
     optimisation = parser.add_argument_group("optimisation")

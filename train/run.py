@@ -28,11 +28,11 @@ from seal_fast.train.tasks import parameter_groups
 
 def splits_of(args: argparse.Namespace, role: str) -> data.Splits:
     """The dataset that the options name; the first rank finds its faults, and makes what it keeps on disk."""
-    augmentation = {"auto_aug": args.auto_aug, "cutout": args.cutout}
+    options = {"time_steps": args.T, "auto_aug": args.auto_aug, "cutout": args.cutout, "frame_size": args.frame_size}
 
     def load() -> data.Splits:
         try:
-            return data.load(args.dataset, args.data_path, role=role, time_steps=args.T, **augmentation)
+            return data.load(args.dataset, args.data_path, role=role, **options)
         except ValueError as error:
             raise UsageError(str(error)) from error
 

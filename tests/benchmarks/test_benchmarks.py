@@ -1,5 +1,6 @@
 """The benchmarks run, in their smallest sizes, and say what they should."""
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,6 +11,7 @@ import torch
 
 import cpu
 import gpu
+import steps
 import tables
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +133,49 @@ def test_gpu_command_collects_what_it_times(tmp_path, monkeypatch):
     assert "published, eager" in times[group]
     assert set(times[f"{group} (SpikingJelly 0.9)"]) < set(times[group])
     assert of(table, "checks", "passed") == {"benchmarks": {"": 1}, f"benchmarks {other}": {"": 1}, "tests": {"": 0}}
+
+
+@pytest.mark.parametrize("fails", [None, "memcheck"])
+def test_gpu_command_runs_its_steps(fails, tmp_path, monkeypatch, capfd):
+    """All of it but the GPU: its tests are collected, its kernels run in Triton's interpreter, its benchmarks are tiny."""
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text('#!/bin/sh\necho "$1"\nshift 2\nexec "$@"\n', encoding="utf-8")
+    sanitizer.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("OUT", str(tmp_path / "results"))
+    monkeypatch.delenv("SPIKINGJELLY", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    expressions = {"benchmarks": "cifar100 and both", "training": "resnet18-cifar and packed"}
+
+    def small(name, command, limit, **environment):
+        if name == "tests":
+            command = [*command, "--collect-only", "-q"]
+        elif name in expressions:
+            place = command.index("-k") + 1
+            command[place] = " and ".join(
+                filter(None, [f"({command[place]})" if command[place] else "", expressions[name]])
+            )
+            command = [*command, "--tiny"]
+        else:
+            environment["TRITON_INTERPRET"] = "1"
+        step = steps.run(name, command, limit, **environment)
+        return {**step, "passed": step["passed"] and name != fails}
+
+    monkeypatch.setattr(gpu, "run", small)
+    assert gpu.main([]) == (1 if fails else 0)
+    output = capfd.readouterr().out
+    assert "tests/kernels/test_lif_gpu.py" in output
+    assert output.count("every kernel ran") == 2
+    assert ("nothing is timed, because a check failed" in output) == bool(fails)
+    names = ("tests", "memcheck", "racecheck", *([] if fails else expressions))
+    for name in names:
+        assert f"{'FAILED' if name == fails else 'passed'}  {name}  " in output
+    files = list((tmp_path / "results").glob("*.csv"))
+    if fails:
+        assert not files
+    else:
+        table = tables.read(files[0])
+        assert {row["benchmark"] for row in table} >= {"seal_loss", "train", "checks"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu itself runs where there is a GPU")

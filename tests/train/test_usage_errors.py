@@ -40,6 +40,7 @@ DISTILL_DIGITS = DIGITS + " --method ce"
         (teacher.main, "--dataset CIFAR10_DVS_SJ --data_path {tmp}/nowhere", "nowhere"),
         (teacher.main, "--dataset imagenet --data_path {tmp}/nowhere", "nowhere"),
         (teacher.main, DIGITS + " --arch resnet20", "--arch.*resnet18.*resnet50"),
+        (teacher.main, DIGITS + " --frame_size 24", "frame_size is for event data, which DIGITS is not"),
         (teacher.main, DIGITS + " --T 0", "--T must be at least 1; got 0"),
         (teacher.main, DIGITS + " --train_batch_size 1", "--train_batch_size must be at least 2"),
         (teacher.main, DIGITS + " --val_batch_size 0", "--val_batch_size must be at least 1"),

@@ -30,6 +30,7 @@ def load(
     time_steps: int,
     auto_aug: bool | None = None,
     cutout: bool | None = None,
+    frame_size: int | None = None,
 ) -> Splits:
     """Check a dataset on disk and return its two parts with the published augmentation.
 
@@ -41,6 +42,7 @@ def load(
         auto_aug: switches AutoAugment (images) or flip, roll, rotation and cutout (events); None takes the published
             choice.
         cutout: switches cutout; None takes the published choice.
+        frame_size: H = W of the frames of event data; None for 48, as published.
 
     Raises:
         ValueError: an argument is none of the above.
@@ -58,4 +60,9 @@ def load(
     if root is None and name != "DIGITS":
         raise DataError(f"{name} is read from disk: say where it lies with --data_path.")
     folder = None if root is None else Path(root).expanduser()
-    return _LOADERS[name](name, folder, role=role, time_steps=time_steps, auto_aug=auto_aug, cutout=cutout)
+    options = {"role": role, "time_steps": time_steps, "auto_aug": auto_aug, "cutout": cutout}
+    if frame_size is not None:
+        if _LOADERS[name] is not event_folder.load:
+            raise ValueError(f"frame_size is for event data, which {name} is not")
+        options["frame_size"] = frame_size
+    return _LOADERS[name](name, folder, **options)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +41,12 @@ class Recordings:
     labels: tuple[int, ...]
 
 
-def frame_cache(recordings: Recordings, T: int) -> Path:
-    """The folder that holds frames.npy, float32 [N,T,2,48,48], and labels.npy, int64 [N], in the order of the files.
+def frame_cache(recordings: Recordings, T: int, size: int = FRAME_SIZE) -> Path:
+    """The folder that holds frames.npy, float32 [N,T,2,size,size], and labels.npy, int64 [N], in the files' order.
 
-    Made now if it is missing. CIFAR10-DVS takes 1.8 GB, where SpikingJelly's full-size float64 frames would take
-    26 GB and a resize in each epoch. The folder's name holds a digest of the files' names and sizes: when they
-    change, a new one is made, and the old one can be deleted.
+    Made now if it is missing. As published, CIFAR10-DVS takes 1.8 GB, where SpikingJelly's full-size float64 frames
+    would take 26 GB and a resize in each epoch. The folder's name holds a digest of the files' names and sizes: when
+    they change, a new one is made, and the old one can be deleted.
 
     Raises:
         DataError: a recording cannot be read, or the folder cannot be written.
@@ -53,9 +54,9 @@ def frame_cache(recordings: Recordings, T: int) -> Path:
     listing = [[str(path.relative_to(recordings.root)), path.stat().st_size] for path in recordings.files]
     content = {"files": listing, "labels": recordings.labels}
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    key = {"shape": [len(listing), T, 2, FRAME_SIZE, FRAME_SIZE], "files": digest}
+    key = {"shape": [len(listing), T, 2, size, size], "files": digest}
     parent = recordings.root / CACHE
-    folder = parent / f"number{T}_{FRAME_SIZE}x{FRAME_SIZE}_{digest[:12]}"
+    folder = parent / f"number{T}_{size}x{size}_{digest[:12]}"
     if not folder.is_dir():
         with one_at_a_time(parent):
             if not folder.is_dir():
@@ -67,7 +68,7 @@ def frame_cache(recordings: Recordings, T: int) -> Path:
 
 
 def _write(recordings: Recordings, key: dict, folder: Path) -> None:
-    T = key["shape"][1]
+    _, T, _, size, _ = key["shape"]
     workers = min(8, max(2, os.cpu_count() or 2))
     # Written through a file, as a memory map on a full disk ends the process with SIGBUS instead of an error.
     with (
@@ -79,7 +80,7 @@ def _write(recordings: Recordings, key: dict, folder: Path) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, len(recordings.files), _CHUNK):
             chunk = recordings.files[start : start + _CHUNK]
-            for frames in pool.map(recording_to_frames, chunk, [T] * len(chunk)):
+            for frames in pool.map(recording_to_frames, chunk, repeat(T), repeat(size)):
                 file.write(frames.astype("<f4", copy=False).tobytes())
                 progress.update()
     np.save(folder / "labels.npy", np.asarray(recordings.labels, dtype=np.int64))

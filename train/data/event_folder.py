@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch.utils.data import random_split
 
+from .aedat import SENSOR
 from .cache import CACHE, CachedFrames, Recordings, frame_cache
 from .camera import write_digits
 from .errors import DataError
@@ -107,7 +108,14 @@ def _complete(name: str, root: Path) -> Recordings:
 
 
 def load(
-    name: str, root: Path, *, role: str, time_steps: int, auto_aug: bool | None = None, cutout: bool | None = None
+    name: str,
+    root: Path,
+    *,
+    role: str,
+    time_steps: int,
+    auto_aug: bool | None = None,
+    cutout: bool | None = None,
+    frame_size: int = FRAME_SIZE,
 ) -> Splits:
     """CIFAR10_DVS_SJ or DIGITS_DVS under `root`; the arguments are those of `seal_fast.train.data.load`.
 
@@ -116,8 +124,10 @@ def load(
     """
     if not isinstance(time_steps, int) or time_steps < 1:
         raise ValueError(f"time_steps must be a whole number of at least 1, not {time_steps!r}")
+    if not isinstance(frame_size, int) or not 1 <= frame_size <= SENSOR:
+        raise ValueError(f"frame_size must be a whole number from 1 to {SENSOR}, not {frame_size!r}")
     recordings = _complete(name, root)
-    folder = frame_cache(recordings, time_steps)
+    folder = frame_cache(recordings, time_steps, frame_size)
     number = len(recordings.files)
     train, val = random_split(
         range(number), [number - number // 10, number // 10], generator=torch.Generator().manual_seed(42)
@@ -129,7 +139,7 @@ def load(
         CachedFrames(folder, val.indices, None),
         num_classes=len(CLASSES[name]),
         in_channels=2,
-        image_size=FRAME_SIZE,
+        image_size=frame_size,
         events=True,
         classes=CLASSES[name],
     )

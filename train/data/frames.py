@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional
 
 from .aedat import SENSOR, Events, read_aedat, read_npz
 
-FRAME_SIZE = 48  # H = W of a frame, pixels
+FRAME_SIZE = 48  # H = W of a frame as published, pixels
 
 
 def frames_by_number(events: Events, T: int, H: int, W: int) -> np.ndarray:
@@ -28,12 +28,12 @@ def frames_by_number(events: Events, T: int, H: int, W: int) -> np.ndarray:
     return np.bincount(position, minlength=T * 2 * H * W).reshape(T, 2, H, W).astype(np.float32)
 
 
-def recording_to_frames(path: Path, T: int) -> np.ndarray:
-    """Frames of one .aedat or .npz recording, resized bilinearly: float32 [T,2,48,48].
+def recording_to_frames(path: Path, T: int, size: int = FRAME_SIZE) -> np.ndarray:
+    """Frames of one .aedat or .npz recording, resized bilinearly: float32 [T,2,size,size].
 
     Raises:
         DataError: the recording cannot be read.
     """
     events = read_npz(path) if path.suffix == ".npz" else read_aedat(path)
     frames = torch.from_numpy(frames_by_number(events, T, SENSOR, SENSOR))
-    return functional.resize(frames, [FRAME_SIZE, FRAME_SIZE], antialias=True).numpy()
+    return functional.resize(frames, [size, size], antialias=True).numpy()

@@ -57,6 +57,25 @@ def test_layouts(layout, tmp_path):
         assert np.array_equal(frames.numpy(), recording_to_frames(path, 3))
 
 
+def test_frames_of_another_size_are_resized_once_from_the_sensor(tmp_path):
+    root = makers.cifar10_dvs(tmp_path)
+    published, small = read(root), read(root, frame_size=20)
+    assert (published.image_size, small.image_size) == (48, 20)
+    assert len(folders(root)) == 2  # neither takes the place of the other
+    files = sorted(root.glob("extract/*/*.aedat"))
+    for path, (frames, _), (whole, _) in zip(files, samples(small), samples(published), strict=True):
+        assert frames.shape == (3, 2, 20, 20)
+        assert np.array_equal(frames.numpy(), recording_to_frames(path, 3, 20))
+        assert whole.shape == (3, 2, 48, 48)
+        torch.testing.assert_close(frames.mean(), whole.mean(), rtol=0.02, atol=0)  # measured 0.009
+
+
+@pytest.mark.parametrize("size", [0, 129, 2.5])
+def test_impossible_frame_size(size, tmp_path):
+    with pytest.raises(ValueError, match="frame_size must be a whole number from 1 to 128"):
+        read(makers.cifar10_dvs(tmp_path), frame_size=size)
+
+
 def test_published_split(tmp_path):
     splits = read(makers.cifar10_dvs(tmp_path, per_class=5))
     expected = torch.utils.data.random_split(range(50), [45, 5], generator=torch.Generator().manual_seed(42))
@@ -69,7 +88,7 @@ def test_published_split(tmp_path):
 def test_whole_set_is_split_9000_to_1000(tmp_path, monkeypatch):
     root = makers.cifar10_dvs(tmp_path, per_class=1)
     monkeypatch.setattr(
-        event_folder, "frame_cache", lambda recordings, T: write_labels(tmp_path, len(recordings.files))
+        event_folder, "frame_cache", lambda recordings, T, size: write_labels(tmp_path, len(recordings.files))
     )
     recordings = cache.Recordings(root, tuple(root / f"{n}.aedat" for n in range(10000)), tuple([0] * 10000))
     monkeypatch.setattr(event_folder, "find", lambda root, classes: (recordings, []))
