@@ -124,7 +124,7 @@ def differences(first: list[dict], second: list[dict]) -> tuple[list[str], int]:
     found, compared = [], 0
     for row in second:
         other = before.get(tuple(row[name] for name in key))
-        if row["quantity"] != "time" or other is None:
+        if row["quantity"] != "time" or other is None or row["low"] is None:  # as of the checks before
             continue
         compared += 1
         if max(row["low"], other["low"]) > min(row["high"], other["high"]):

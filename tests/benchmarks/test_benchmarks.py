@@ -137,7 +137,7 @@ def test_gpu_command_collects_what_it_times(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fails", [None, "memcheck"])
 def test_gpu_command_runs_its_steps(fails, tmp_path, monkeypatch, capfd):
-    """All of it but the GPU: its tests are collected, its kernels run in Triton's interpreter, its benchmarks are tiny."""
+    """All but the GPU: tests are collected, kernels run in Triton's interpreter, benchmarks are tiny."""
     sanitizer = tmp_path / "compute-sanitizer"
     sanitizer.write_text('#!/bin/sh\necho "$1"\nshift 2\nexec "$@"\n', encoding="utf-8")
     sanitizer.chmod(0o755)
@@ -152,10 +152,8 @@ def test_gpu_command_runs_its_steps(fails, tmp_path, monkeypatch, capfd):
             command = [*command, "--collect-only", "-q"]
         elif name in expressions:
             place = command.index("-k") + 1
-            command[place] = " and ".join(
-                filter(None, [f"({command[place]})" if command[place] else "", expressions[name]])
-            )
-            command = [*command, "--tiny"]
+            chosen = [f"({expression})" for expression in (command[place], expressions[name]) if expression]
+            command = [*command[:place], " and ".join(chosen), *command[place + 1 :], "--tiny"]
         else:
             environment["TRITON_INTERPRET"] = "1"
         step = steps.run(name, command, limit, **environment)

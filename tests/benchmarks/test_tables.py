@@ -53,10 +53,12 @@ def test_runs_differ_where_their_spreads_lie_apart(low, high, differs):
 
 def test_command_compares(tmp_path, capsys):
     for name, value in (("a", 0.25), ("b", 2.5)):
-        tables.write(tmp_path / f"{name}.csv", [{**ROW, "value": value, "low": value * 0.9, "high": value * 1.1}])
+        check = {**ROW, "benchmark": "checks", "group": "tests", "value": 30.0, "low": None, "high": None}
+        timed = {**ROW, "value": value, "low": value * 0.9, "high": value * 1.1}
+        tables.write(tmp_path / f"{name}.csv", [timed, check])
     assert tables.main(["compare", str(tmp_path / "a.csv"), str(tmp_path / "a.csv")]) == 0
     assert tables.main(["compare", str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]) == 1
-    assert "lif both, T 4, a, b: +900%" in capsys.readouterr().out
+    assert "1 of 1 times differ by more than their spread\nlif both, T 4, a, b: +900%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
