@@ -1,4 +1,4 @@
-"""README's figures are those of the committed table."""
+"""The figures of README and of docs/cost.md are those of the committed table."""
 
 import re
 from pathlib import Path
@@ -67,3 +67,19 @@ def test_conditions_are_those_of_the_table():
     assert f"PyTorch {torch}" in speed
     assert {row["machine"] for row in TABLE} == {"AMD EPYC, 2 threads"}
     assert "two cores of an AMD EPYC" in speed
+
+
+def test_growth():
+    """docs/cost.md names the exponents that make bench prints."""
+    text = (Path(__file__).parents[2] / "docs" / "cost.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| (.+ over \S+) \| .+? to .+? \| ([\d.]+) \| ([\d.]+)[ ,|]", text, re.MULTILINE)
+    times = {}
+    for row in TABLE:
+        if (row["benchmark"], row["quantity"]) == ("scaling", "time"):
+            study, size = row["group"].split(": ")
+            times.setdefault(study, {}).setdefault(row["contestant"], {})[float(size)] = row["value"]
+    names = {"LIF": "lif", "loss": "seal_loss", "batch": "B", "channels": "C"}
+    assert len(shown) == len(times)
+    for study, *exponents in shown:
+        contestants = times[" ".join(names.get(word, word) for word in study.split())]
+        assert exponents == [f"{tables.exponent(points):.2f}" for points in contestants.values()], study
