@@ -42,7 +42,7 @@ class Feed:
         with held():
             batches = iter(self.loader)  # starts processes
         while True:
-            batch = next(batches, None)
+            batch = _next(batches)
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
@@ -61,3 +61,13 @@ class Feed:
         for tensor in batch:
             tensor.record_stream(current)  # their memory is not given away while the step uses it
         return batch
+
+
+def _next(batches: Iterator) -> tuple[Tensor, ...] | None:
+    try:
+        return next(batches, None)
+    except (ConnectionError, EOFError) as error:
+        if "DataLoader worker" in str(error):  # out of the dataset's own code
+            raise
+        # torch tells of a worker's death itself, unless the worker was about to hand a batch over.
+        raise RuntimeError(f"DataLoader worker ended while it handed over a batch: {error!r}") from error

@@ -16,6 +16,7 @@ import torch
 import makers
 from processes import Trainer
 from seal_fast.train import data
+from seal_fast.train.feed import Feed
 from seal_fast.train.folder import LAST, PREVIOUS
 
 FEW = 300  # digits: 240 to train on
@@ -115,6 +116,18 @@ def test_death_of_a_worker(tmp_path):
     os.kill(first, signal.SIGKILL)
     assert "a process that loads data died" in error_of(trainer, 1)
     assert_whole(tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_death_of_a_worker_that_hands_over_a_batch(error):
+    def batches():
+        yield torch.zeros(1), torch.zeros(1)
+        raise error
+
+    fed = iter(Feed(batches(), torch.device("cpu")))
+    next(fed)
+    with pytest.raises(RuntimeError, match=f"DataLoader worker .*{type(error).__name__}"):
+        next(fed)
 
 
 def test_loss_that_is_not_finite_keeps_its_batch(tmp_path):
