@@ -220,7 +220,8 @@ class _Eager(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:3], grad)
         ctx.arguments = inputs[3:]
         ctx.spent = False
-        return loss, parts  # those in the list are no outputs to autograd
+        # A view could not be changed in place, as `loss /= 2`; what is in the list is no output to autograd.
+        return loss.data, parts
 
     @staticmethod
     def backward(ctx, grad_loss, _):

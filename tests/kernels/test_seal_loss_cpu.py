@@ -156,3 +156,20 @@ def test_the_operator_that_is_compiled_refuses_labels_too(label, dtype):
     arguments = (logits, teacher_logits, labels, 0.6, 0.15, 3.0, "seal", "cpu", False)
     with pytest.raises(ValueError, match=rf"labels must be in \[0, 7\) or -100 to be ignored; got {label}"):
         torch.ops.seal_fast.seal_loss(*arguments)
+
+
+def test_the_loss_can_be_scaled_in_place():
+    logits, teacher_logits, labels = inputs(3, 4, 7)
+    gradients = []
+    for in_place in (False, True):
+        leaf = logits.clone().requires_grad_()
+        parts = seal_loss(leaf, teacher_logits, labels, alpha=0.6, beta=0.15, backend="cpu")
+        loss, ce = parts.loss, parts.ce.item()
+        if in_place:
+            loss /= 4
+        else:
+            loss = loss / 4
+        loss.backward()
+        assert parts.ce.item() == ce
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
