@@ -80,28 +80,35 @@ def data_wait(problem: Problem, step: Step, steps: int) -> float:
     return (feed.waited - waited) / steps
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict]:
-    """Contestant -> part -> seconds of each call, filled in by the first."""
+def make(contestant: str, tiny: bool) -> tuple[Problem, dict]:
+    """What a contestant starts from, and its parts."""
+    torch.backends.cudnn.benchmark = True  # for every contestant alike
+    problem = Problem(CASES[CASE].tiny() if tiny else CASES[CASE], measure.device())
+    return problem, parts_of(problem, CONTESTANTS[contestant][0](problem), contestant)
+
+
+@pytest.fixture(scope="session")
+def made() -> dict[str, tuple[Problem, dict]]:
+    """What `make` made for each contestant, until its last sweep."""
     return {}
 
 
 @pytest.mark.benchmark(timer=measure.replay)
 @pytest.mark.parametrize("contestant", CHOSEN)
-def test_parts(request, benchmark, report, results, tiny, contestant):
-    if contestant not in results:
-        torch.backends.cudnn.benchmark = True  # for every contestant alike
-        problem = Problem(CASES[CASE].tiny() if tiny else CASES[CASE], measure.device())
-        parts = parts_of(problem, CONTESTANTS[contestant][0](problem), contestant)
+def test_parts(benchmark, report, timed, sweep, made, tiny, contestant):
+    def race():
+        problem, parts = made.pop(contestant, None) or make(contestant, tiny)
         for part in parts.values():
             measure.synchronised(part)()
-        seconds = 0.0 if tiny else request.config.getoption("--seconds")
-        results[contestant] = measure.race(parts, seconds, 3)
-        results[contestant]["data wait"] = [data_wait(problem, parts["step"], 1 if tiny else 3)]
-    times = results[contestant]
-    measure.readings = iter([value for seconds in times["step"] for value in (0.0, seconds)])
+        seconds = measure.race(parts, sweep.seconds, sweep.least)
+        if not sweep.last:
+            made[contestant] = problem, parts
+        return {**seconds, "data wait": [data_wait(problem, parts["step"], 1 if tiny else sweep.least)]}
+
     benchmark.group = f"parts of a training step, {CASE}"
-    benchmark.pedantic(lambda: None, rounds=len(times["step"]))
+    times = timed((benchmark.group, contestant), race, "step")
+    if times is None:
+        return
     medians = {name: statistics.median(values) for name, values in times.items()}
     rest = medians["step"] - sum(medians[name] for name in PARTS)
     shown = {**{name: medians[name] for name in PARTS}, "rest": rest, "data wait": medians["data wait"]}

@@ -12,10 +12,10 @@ finds the peak memory, as this command does:
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -38,59 +38,48 @@ LOSS = {torch.float32: 2e-2, torch.bfloat16: 1e-1}
 
 @dataclass
 class Figures:
-    """What was measured of a contestant; memory of full steps only."""
+    """What was measured of a full step beside its time."""
 
-    seconds: list[float]  # of each step
     note: str = ""
-    peak_bytes: int | None = None
     kept_bytes: float | None = None  # per neuron-step
+    peak_bytes: int | None = None
 
 
-def compete(name: str, contestants: list[str], *, tiny: bool, seconds: float) -> dict[str, Figures | None]:
-    """Time steps in turn.
+def make(name: str, contestants: list[str], *, tiny: bool) -> tuple[dict[str, Callable], dict[str, Figures]]:
+    """Make the steps of a case, and see that all compute the same.
 
     Args:
-        name: Of a case.
+        name: Of the case.
         contestants: Their names.
         tiny: Whether the smallest sizes do.
-        seconds: For each contestant.
 
     Returns:
-        Contestant -> figures, or None where the GPU has too little memory.
+        Contestant -> a step, unless the GPU has too little memory; and figures, of full steps only.
     """
     device = measure.device()
     torch.backends.cudnn.benchmark = True  # for every contestant alike
     problem = Problem(CASES[name].tiny() if tiny else CASES[name], device)
     first_loss = CONTESTANTS["published, eager"][0](problem).forward().item()
-    figures: dict[str, Figures | None] = dict.fromkeys(contestants)
-    steps = {}
+    figures, steps = {}, {}
     for contestant in contestants:
         build, dtype = CONTESTANTS[contestant]
         try:
             before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
             step = build(problem)
             loss = step()
-            measure.synchronised(step)()
-            figures[contestant] = Figures([])
             if isinstance(step, Step):
                 assert abs(loss.item() / first_loss - 1) < LOSS[dtype], f"{contestant}: {loss}, published {first_loss}"
-                figures[contestant].note = step.note
+                apart = [*step.student.parameters(), *step.student.buffers(), problem.inputs]
+                kept = measure.kept_bytes(step.forward, apart) / problem.recorded[1]
+                figures[contestant] = Figures(step.note, kept)
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                     step()
                     figures[contestant].peak_bytes = torch.cuda.max_memory_allocated() - before
             steps[contestant] = step
         except torch.cuda.OutOfMemoryError:
-            figures[contestant] = None
-    stretch = 1 if tiny else STRETCH[device.type]
-    stretches = {contestant: lambda step=step: [step() for _ in range(stretch)] for contestant, step in steps.items()}
-    for contestant, times in measure.race(stretches, seconds, 3).items():
-        figures[contestant].seconds = [time / stretch for time in times]
-    for contestant, step in steps.items():
-        if isinstance(step, Step):
-            apart = [*step.student.parameters(), *step.student.buffers(), problem.inputs]
-            figures[contestant].kept_bytes = measure.kept_bytes(step.forward, apart) / problem.recorded[1]
-    return figures
+            continue
+    return steps, figures
 
 
 def peak_bytes(name: str, contestant: str, note: str, *, tiny: bool = False) -> int | None:
@@ -112,46 +101,51 @@ def main(name: str, contestant: str, note: str = "", *options: str) -> None:
     print(measure.resident_bytes(peak=True) - before)
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Figures | None]]:
-    """Figures by case, filled in by the first contestant of each."""
+@pytest.fixture(scope="session")
+def made() -> dict[str, tuple[dict, dict]]:
+    """What `make` made for each case; the steps until the last sweep."""
     return {}
 
 
 @pytest.mark.benchmark(timer=measure.replay)
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("name", CASES)
-def test_step(request, benchmark, report, results, tiny, name, contestant):
-    if name not in results:
-        chosen = [item.callspec.params for item in request.session.items if item.originalname == "test_step"]
-        names = [params["contestant"] for params in chosen if params["name"] == name]
-        seconds = 0.0 if tiny else request.config.getoption("--seconds")
-        results[name] = compete(name, names, tiny=tiny, seconds=seconds)
-    raced = results[name]
-    figures, dtype = raced[contestant], CONTESTANTS[contestant][1]
-    if figures is None:
-        # A contestant that does not fit has no figures; the others, which do, are still compared.
-        pytest.skip("the GPU has too little memory")
-    if measure.device().type == "cpu" and not tiny and contestant not in FLOORS.values():
-        figures.peak_bytes = peak_bytes(name, contestant, figures.note)
-
+def test_step(request, benchmark, report, timed, sweep, made, tiny, name, contestant):
+    device = measure.device().type
     case = CASES[name].tiny() if tiny else CASES[name]
+    batch = case.batch[device]
     group = f"training step, {name}: {case.student} <- {case.teacher}, T {case.T}, "
-    batch = case.batch[measure.device().type]
     group += f"{batch} x {[case.channels, case.size, case.size]}"
     benchmark.group = group
-    measure.readings = itertools.chain.from_iterable((0.0, seconds) for seconds in figures.seconds)
-    benchmark.pedantic(lambda: None, rounds=len(figures.seconds))
 
-    best = min(figures.seconds)
-    first = next(row for row in raced.values() if row)
-    floor = raced.get(FLOORS[dtype])
+    def race():
+        if name not in made:
+            chosen = [item.callspec.params for item in request.session.items if item.originalname == "test_step"]
+            contestants = dict.fromkeys(params["contestant"] for params in chosen if params["name"] == name)
+            made[name] = make(name, list(contestants), tiny=tiny)
+        steps, stretch = made[name][0], 1 if tiny else STRETCH[device]
+        stretches = {key: lambda step=step: [step() for _ in range(stretch)] for key, step in steps.items()}
+        for step in steps.values():
+            measure.synchronised(step)()
+        raced = measure.race(stretches, sweep.seconds, sweep.least)
+        if sweep.last:
+            steps.clear()  # and with them the memory that they hold
+        return {key: [seconds / stretch for seconds in times] for key, times in raced.items()}
+
+    times = timed(group, race, contestant)
+    if times is None:
+        return
+    best, median = min(times[contestant]), statistics.median(times[contestant])
+    figures = made[name][1].get(contestant, Figures())
+    if device == "cpu" and not tiny and contestant not in FLOORS.values():
+        figures.peak_bytes = peak_bytes(name, contestant, figures.note)
+    floor = times.get(FLOORS[CONTESTANTS[contestant][1]])
     extra = {
         "contestant": contestant,
         "images_per_second": batch / best,
-        "images_per_second_median": batch / statistics.median(figures.seconds),
-        "speed_of_first": min(first.seconds) / best,
-        "time_of_floor": best / min(floor.seconds) if floor else None,
+        "images_per_second_median": batch / median,
+        "speed_of_first": min(next(iter(times.values()))) / best,
+        "time_of_floor": best / min(floor) if floor else None,
         "peak_bytes": figures.peak_bytes,
         "kept_bytes_per_neuron_step": figures.kept_bytes,
         "note": figures.note,

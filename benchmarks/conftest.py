@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import measure
 from seal_fast import reuse_freed_memory
 
 TABLES = pytest.StashKey[dict]()  # section -> group -> lines
-RACED = pytest.StashKey[dict]()  # group -> steps and seconds by contestant
+RACED = pytest.StashKey[dict]()  # what is raced -> for each sweep so far, seconds by contestant
 SECTION = (
     "best of all rounds, median (range of all but the outer tenths); x: how many times slower than the first, by both; "
     "share: of the copy bandwidth"
@@ -23,6 +25,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("seal-fast")
     group.addoption("--tiny", action="store_true", help="smallest sizes: a check that the benchmarks run")
     group.addoption("--seconds", type=float, default=1.0, help="time for each contestant (default: 1)")
+    group.addoption("--sweeps", type=int, default=1, help="parts of that time, all else between them (default: 1)")
 
 
 def pytest_configure(config):
@@ -32,6 +35,37 @@ def pytest_configure(config):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(measure.machine())
+
+
+def pytest_generate_tests(metafunc):
+    sweeps = metafunc.config.getoption("--sweeps")
+    if sweeps > 1 and "sweep_number" in metafunc.fixturenames:
+        metafunc.parametrize("sweep_number", range(sweeps), ids=lambda number: f"sweep{number}")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.callspec.params.get("sweep_number", 0) if hasattr(item, "callspec") else 0)
+
+
+@pytest.fixture
+def sweep_number() -> int:
+    return 0
+
+
+class Sweep(NamedTuple):
+    """One of the times that all benchmarks run, for other programs slow a machine for a minute or so."""
+
+    number: int
+    last: bool
+    seconds: float  # of each contestant
+    least: int  # how many rounds there are at the least
+
+
+@pytest.fixture
+def sweep(request, sweep_number, tiny) -> Sweep:
+    sweeps = request.config.getoption("--sweeps")
+    seconds = 0.0 if tiny else request.config.getoption("--seconds") / sweeps
+    return Sweep(sweep_number, sweep_number == sweeps - 1, seconds, math.ceil(3 / sweeps))
 
 
 @pytest.fixture(scope="session")
@@ -50,27 +84,43 @@ def report(request):
 
 
 @pytest.fixture
-def contest(request, benchmark, report, tiny):
-    """Times the contestants of a group in turn, and shows one: its time, and how near that is to the least possible.
+def timed(request, benchmark, sweep):
+    """Has contestants timed in turn, once in each sweep, and shows one's times to pytest-benchmark in the last."""
 
-    The group's first test makes and times the steps of all its contestants; the others show what was found.
-    """
+    def run(key, race, contestant) -> dict[str, list[float]] | None:
+        """Seconds of all sweeps by contestant; None before the last.
 
-    def run(group, contestant, prepare, *, floor_bytes=None, tensor_bytes=None, shown=None, **facts):
-        raced = request.config.stash[RACED]
-        if group not in raced:
-            seconds = 0.0 if tiny else request.config.getoption("--seconds")
-            raced[group] = _race(prepare, _contestants(request), seconds)
-        steps, times = raced[group]
-        if contestant not in times:
+        Args:
+            key: What is raced. The first test with it calls `race`, the others see the same times.
+            race: Returns seconds by contestant, of those that fit into memory.
+            contestant: Whose times are this benchmark's.
+        """
+        done = request.config.stash[RACED].setdefault(key, [])
+        if len(done) == sweep.number:
+            done.append(race())
+        names = [name for name in done[0] if all(name in times for times in done)]
+        if contestant not in names:
             # A contestant that does not fit has no figures; the others, which do, are still compared.
             pytest.skip("the GPU has too little memory")
-        if contestant == list(times)[-1]:
-            steps.clear()  # and with them the memory that they hold
-        name, own, first = shown or contestant, times[contestant], next(iter(times.values()))
+        raced = {name: [seconds for times in done for seconds in times[name]] for name in names}
+        benchmark.disabled = not sweep.last
+        measure.readings = itertools.chain.from_iterable((0.0, seconds) for seconds in raced[contestant])
+        benchmark.pedantic(lambda: None, rounds=len(raced[contestant]))
+        return raced if sweep.last else None
+
+    return run
+
+
+@pytest.fixture
+def contest(request, benchmark, report, timed, sweep):
+    """Times the contestants of a group in turn, and shows one: its time, and how near that is to the least possible."""
+
+    def run(group, contestant, prepare, *, floor_bytes=None, tensor_bytes=None, shown=None, **facts):
         benchmark.group = group
-        measure.readings = itertools.chain.from_iterable((0.0, seconds) for seconds in own)
-        benchmark.pedantic(lambda: None, rounds=len(own))
+        times = timed(group, lambda: _race(prepare, _contestants(request), sweep), contestant)
+        if times is None:
+            return
+        name, own, first = shown or contestant, times[contestant], next(iter(times.values()))
         low, high = measure.spread(own)
         benchmark.extra_info.update(contestant=name, low=low, high=high, **facts)
         best, median = min(own), statistics.median(own)
@@ -96,8 +146,8 @@ def _contestants(request) -> list[str]:
     ]
 
 
-def _race(prepare, contestants: list[str], seconds: float) -> tuple[dict, dict[str, list[float]]]:
-    """Steps by contestant, and how long each of their calls took."""
+def _race(prepare, contestants: list[str], sweep: Sweep) -> dict[str, list[float]]:
+    """Makes the steps of contestants: seconds of each of their calls."""
     steps, make = {}, prepare()
     for contestant in contestants:
         try:
@@ -106,7 +156,7 @@ def _race(prepare, contestants: list[str], seconds: float) -> tuple[dict, dict[s
             steps[contestant] = step
         except torch.cuda.OutOfMemoryError:
             continue
-    return steps, measure.race(steps, seconds, 3, turn=min(seconds / 10, 0.02))
+    return measure.race(steps, sweep.seconds, sweep.least, turn=min(sweep.seconds / 10, 0.02))
 
 
 def pytest_terminal_summary(terminalreporter, config):
