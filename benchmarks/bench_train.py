@@ -125,8 +125,6 @@ def test_step(request, benchmark, report, timed, sweep, made, tiny, name, contes
             made[name] = make(name, list(contestants), tiny=tiny)
         steps, stretch = made[name][0], 1 if tiny else STRETCH[device]
         stretches = {key: lambda step=step: [step() for _ in range(stretch)] for key, step in steps.items()}
-        for step in steps.values():
-            measure.synchronised(step)()
         raced = measure.race(stretches, sweep.seconds, sweep.least)
         if sweep.last:
             steps.clear()  # and with them the memory that they hold

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     """Run the command; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="smallest sizes, and no tests before")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each contestant (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each contestant (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=tables.FOLDER, help="folder of the results")
     args = parser.parse_args(arguments)
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
