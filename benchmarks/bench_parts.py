@@ -80,42 +80,27 @@ def data_wait(problem: Problem, step: Step, steps: int) -> float:
     return (feed.waited - waited) / steps
 
 
-def make(contestant: str, tiny: bool) -> tuple[Problem, dict]:
-    """What a contestant starts from, and its parts, each of which has run."""
-    torch.backends.cudnn.benchmark = True  # for every contestant alike
-    problem = Problem(CASES[CASE].tiny() if tiny else CASES[CASE], measure.device())
-    parts = parts_of(problem, CONTESTANTS[contestant][0](problem), contestant)
-    for part in parts.values():
-        measure.synchronised(part)()
-    return problem, parts
-
-
-@pytest.fixture(scope="session")
-def made() -> dict[str, tuple[Problem, dict]]:
-    """What `make` made for each contestant, until its last sweep."""
-    return {}
-
-
 @pytest.mark.benchmark(timer=measure.replay)
 @pytest.mark.parametrize("contestant", CHOSEN)
-def test_parts(benchmark, report, timed, sweep, made, tiny, contestant):
-    def race():
-        if sweep.number == 0:
-            made[contestant] = make(contestant, tiny)
-        problem, parts = made[contestant]
-        seconds = {**measure.race(parts, sweep.seconds, sweep.least), "data wait": []}
-        if sweep.last:
-            seconds["data wait"].append(data_wait(problem, parts["step"], 1 if tiny else 3))
-            del made[contestant]
-        return seconds
+def test_parts(benchmark, report, timed, effort, facts, tiny, contestant):
+    group = f"parts of a training step, {CASE}"
+    key = f"{group}, {contestant}"
 
-    benchmark.group = f"parts of a training step, {CASE}"
-    times = timed((benchmark.group, contestant), race, "step")
-    if times is None:
-        return
+    def race():
+        torch.backends.cudnn.benchmark = True  # for every contestant alike
+        problem = Problem(CASES[CASE].tiny() if tiny else CASES[CASE], measure.device())
+        parts = parts_of(problem, CONTESTANTS[contestant][0](problem), contestant)
+        for name in PARTS:
+            measure.synchronised(parts[name])()
+        if key not in facts:
+            facts[key] = data_wait(problem, parts["step"], 1 if tiny else 3)
+        return measure.race(parts, *effort)
+
+    benchmark.group = group
+    times = timed(key, race, "step")
     medians = {name: statistics.median(values) for name, values in times.items()}
     rest = medians["step"] - sum(medians[name] for name in PARTS)
-    shown = {**{name: medians[name] for name in PARTS}, "rest": rest, "data wait": medians["data wait"]}
+    shown = {**{name: medians[name] for name in PARTS}, "rest": rest, "data wait": facts[key]}
     low, high = measure.spread(times["step"])
     parts = {f"{name.replace(' ', '_')}_seconds": seconds for name, seconds in shown.items()}
     benchmark.extra_info.update(contestant=contestant, low=low, high=high, **parts)

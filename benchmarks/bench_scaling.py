@@ -130,5 +130,5 @@ def test_scaling(contest, benchmark, medians, tiny, study, size, contestant):
         size=size,
         kept_bytes=kept(contestant),
     )
-    if benchmark.enabled:
+    if benchmark.enabled:  # else there are no statistics
         medians.setdefault(study, {}).setdefault(name, {})[size] = benchmark.stats.stats.median

@@ -15,15 +15,13 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 import measure
 import seal_fast
-from training import CASES, CONTESTANTS, FLOORS, Problem, Step
+from training import CASES, CONTESTANTS, FLOORS, Case, Problem, Step
 
 SECTION = (
     "training step, images/s: best (median) of all rounds; of 1st: speed, that of the first being 1; of floor: time, "
@@ -36,50 +34,48 @@ STRETCH = {"cpu": 1, "cuda": 5}
 LOSS = {torch.float32: 2e-2, torch.bfloat16: 1e-1}
 
 
-@dataclass
-class Figures:
-    """What was measured of a full step beside its time."""
-
-    note: str = ""
-    kept_bytes: float | None = None  # per neuron-step
-    peak_bytes: int | None = None
-
-
-def make(name: str, contestants: list[str], *, tiny: bool) -> tuple[dict[str, Callable], dict[str, Figures]]:
-    """Make the steps of a case, and see that all compute the same.
+def compete(case: Case, contestants: list[str], facts: dict, effort, stretch: int) -> dict[str, list[float]]:
+    """Make steps, see that all compute the same, and time them in turn.
 
     Args:
-        name: Of the case.
+        case: What they train.
         contestants: Their names.
-        tiny: Whether the smallest sizes do.
+        facts: What is known of them, by contestant and quantity; is filled with what was missing, of full steps only:
+            the note, bytes kept for backward per neuron-step and, on a GPU, bytes at the peak.
+        effort: For how long each is timed, and how many rounds at the least.
+        stretch: Steps between two waits for the device.
 
     Returns:
-        Contestant -> a step, unless the GPU has too little memory; and figures, of full steps only.
+        Contestant -> seconds of a step, unless the GPU has too little memory.
     """
     device = measure.device()
     torch.backends.cudnn.benchmark = True  # for every contestant alike
-    problem = Problem(CASES[name].tiny() if tiny else CASES[name], device)
+    problem = Problem(case, device)
     first_loss = CONTESTANTS["published, eager"][0](problem).forward().item()
-    figures, steps = {}, {}
+    steps = {}
     for contestant in contestants:
         build, dtype = CONTESTANTS[contestant]
+        known = facts.setdefault(contestant, {})
         try:
             before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-            step = build(problem)
+            step = build(problem, **({"neurons": known["note"]} if known.get("note") else {}))
             loss = step()
             if isinstance(step, Step):
                 assert abs(loss.item() / first_loss - 1) < LOSS[dtype], f"{contestant}: {loss}, published {first_loss}"
-                apart = [*step.student.parameters(), *step.student.buffers(), problem.inputs]
-                kept = measure.kept_bytes(step.forward, apart) / problem.recorded[1]
-                figures[contestant] = Figures(step.note, kept)
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                     step()
-                    figures[contestant].peak_bytes = torch.cuda.max_memory_allocated() - before
+                    known["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+                if "kept_bytes" not in known:
+                    apart = [*step.student.parameters(), *step.student.buffers(), problem.inputs]
+                    known["kept_bytes"] = measure.kept_bytes(step.forward, apart) / problem.recorded[1]
+                known["note"] = step.note
             steps[contestant] = step
         except torch.cuda.OutOfMemoryError:
             continue
-    return steps, figures
+    stretches = {name: lambda step=step: [step() for _ in range(stretch)] for name, step in steps.items()}
+    raced = measure.race(stretches, *effort)
+    return {name: [seconds / stretch for seconds in times] for name, times in raced.items()}
 
 
 def peak_bytes(name: str, contestant: str, note: str, *, tiny: bool = False) -> int | None:
@@ -101,42 +97,28 @@ def main(name: str, contestant: str, note: str = "", *options: str) -> None:
     print(measure.resident_bytes(peak=True) - before)
 
 
-@pytest.fixture(scope="session")
-def made() -> dict[str, tuple[dict, dict]]:
-    """What `make` made for each case; the steps until the last sweep."""
-    return {}
-
-
 @pytest.mark.benchmark(timer=measure.replay)
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("name", CASES)
-def test_step(request, benchmark, report, timed, sweep, made, tiny, name, contestant):
+def test_step(request, benchmark, report, timed, effort, facts, tiny, name, contestant):
     device = measure.device().type
     case = CASES[name].tiny() if tiny else CASES[name]
     batch = case.batch[device]
     group = f"training step, {name}: {case.student} <- {case.teacher}, T {case.T}, "
     group += f"{batch} x {[case.channels, case.size, case.size]}"
-    benchmark.group = group
+    known = facts.setdefault(group, {})
 
     def race():
-        if name not in made:
-            chosen = [item.callspec.params for item in request.session.items if item.originalname == "test_step"]
-            contestants = dict.fromkeys(params["contestant"] for params in chosen if params["name"] == name)
-            made[name] = make(name, list(contestants), tiny=tiny)
-        steps, stretch = made[name][0], 1 if tiny else STRETCH[device]
-        stretches = {key: lambda step=step: [step() for _ in range(stretch)] for key, step in steps.items()}
-        raced = measure.race(stretches, sweep.seconds, sweep.least)
-        if sweep.last:
-            steps.clear()  # and with them the memory that they hold
-        return {key: [seconds / stretch for seconds in times] for key, times in raced.items()}
+        chosen = [item.callspec.params for item in request.session.items if item.originalname == "test_step"]
+        contestants = [params["contestant"] for params in chosen if params["name"] == name]
+        return compete(case, contestants, known, effort, 1 if tiny else STRETCH[device])
 
+    benchmark.group = group
     times = timed(group, race, contestant)
-    if times is None:
-        return
     best, median = min(times[contestant]), statistics.median(times[contestant])
-    figures = made[name][1].get(contestant, Figures())
-    if device == "cpu" and not tiny and contestant not in FLOORS.values():
-        figures.peak_bytes = peak_bytes(name, contestant, figures.note)
+    figures = known[contestant]
+    if device == "cpu" and not tiny and contestant not in FLOORS.values() and "peak_bytes" not in figures:
+        figures["peak_bytes"] = peak_bytes(name, contestant, figures["note"])
     floor = times.get(FLOORS[CONTESTANTS[contestant][1]])
     extra = {
         "contestant": contestant,
@@ -144,9 +126,9 @@ def test_step(request, benchmark, report, timed, sweep, made, tiny, name, contes
         "images_per_second_median": batch / median,
         "speed_of_first": min(next(iter(times.values()))) / best,
         "time_of_floor": best / min(floor) if floor else None,
-        "peak_bytes": figures.peak_bytes,
-        "kept_bytes_per_neuron_step": figures.kept_bytes,
-        "note": figures.note,
+        "peak_bytes": figures.get("peak_bytes"),
+        "kept_bytes_per_neuron_step": figures.get("kept_bytes"),
+        "note": figures.get("note", ""),
     }
     benchmark.extra_info.update(extra)
     report(SECTION, group, line(extra))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import math
+import json
 import statistics
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +15,8 @@ import measure
 from seal_fast import reuse_freed_memory
 
 TABLES = pytest.StashKey[dict]()  # section -> group -> lines
-RACED = pytest.StashKey[dict]()  # what is raced -> for each sweep so far, seconds by contestant
+POOL = pytest.StashKey[dict]()  # what was measured: see --pool
+RACED = pytest.StashKey[set]()  # keys of what this run has timed
 SECTION = (
     "best of all rounds, median (range of all but the outer tenths); x: how many times slower than the first, by both; "
     "share: of the copy bandwidth"
@@ -25,11 +27,20 @@ def pytest_addoption(parser):
     group = parser.getgroup("seal-fast")
     group.addoption("--tiny", action="store_true", help="smallest sizes: a check that the benchmarks run")
     group.addoption("--seconds", type=float, default=1.0, help="time for each contestant (default: 1)")
-    group.addoption("--sweeps", type=int, default=1, help="parts of that time, all else between them (default: 1)")
+    group.addoption(
+        "--pool",
+        type=Path,
+        metavar="FILE",
+        help="add the times to those of earlier runs in FILE, and show those of all: the spread of one run of a few "
+        "minutes does not know how a process, or the programs of others, make it differ from the next",
+    )
 
 
 def pytest_configure(config):
-    config.stash[TABLES], config.stash[RACED] = {}, {}
+    path = config.getoption("--pool")
+    known = path is not None and path.exists()
+    config.stash[POOL] = json.loads(path.read_text(encoding="utf-8")) if known else {"times": {}, "facts": {}}
+    config.stash[TABLES], config.stash[RACED] = {}, set()
     reuse_freed_memory()  # for every contestant alike
 
 
@@ -37,35 +48,10 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(measure.machine())
 
 
-def pytest_generate_tests(metafunc):
-    sweeps = metafunc.config.getoption("--sweeps")
-    if sweeps > 1 and "sweep_number" in metafunc.fixturenames:
-        metafunc.parametrize("sweep_number", range(sweeps), ids=lambda number: f"sweep{number}")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.callspec.params.get("sweep_number", 0) if hasattr(item, "callspec") else 0)
-
-
-@pytest.fixture
-def sweep_number() -> int:
-    return 0
-
-
-class Sweep(NamedTuple):
-    """One of the times that all benchmarks run, for other programs slow a machine for a minute or so."""
-
-    number: int
-    last: bool
-    seconds: float  # of each contestant
-    least: int  # rounds: of two runs alike, the ranges of three rounds each miss each other one time in ten
-
-
-@pytest.fixture
-def sweep(request, sweep_number, tiny) -> Sweep:
-    sweeps = request.config.getoption("--sweeps")
-    seconds = 0.0 if tiny else request.config.getoption("--seconds") / sweeps
-    return Sweep(sweep_number, sweep_number == sweeps - 1, seconds, max(2, math.ceil(3 / sweeps)))
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--pool")
+    if path is not None:
+        path.write_text(json.dumps(session.config.stash[POOL]), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -83,43 +69,60 @@ def report(request):
     return add
 
 
-@pytest.fixture
-def timed(request, benchmark, sweep):
-    """Has contestants timed in turn, once in each sweep, and shows one's times to pytest-benchmark in the last."""
+class Effort(NamedTuple):
+    """How long contestants are timed."""
 
-    def run(key, race, contestant) -> dict[str, list[float]] | None:
-        """Seconds of all sweeps by contestant; None before the last.
+    seconds: float  # each
+    least: int  # rounds
+
+
+@pytest.fixture(scope="session")
+def effort(request, tiny) -> Effort:
+    pooled = request.config.getoption("--pool") is not None
+    return Effort(0.0 if tiny else request.config.getoption("--seconds"), 2 if pooled else 3)
+
+
+@pytest.fixture(scope="session")
+def facts(request) -> dict:
+    """What is measured once in all runs of a pool, of numbers and texts, by group."""
+    return request.config.stash[POOL]["facts"]
+
+
+@pytest.fixture
+def timed(request, benchmark):
+    """Has contestants timed in turn, once in a run, and hands the times of one to pytest-benchmark."""
+
+    def run(key, race, contestant) -> dict[str, list[float]]:
+        """Seconds by contestant, of all runs of the pool.
 
         Args:
             key: What is raced. The first test with it calls `race`, the others see the same times.
             race: Returns seconds by contestant, of those that fit into memory.
             contestant: Whose times are this benchmark's.
         """
-        done = request.config.stash[RACED].setdefault(key, [])
-        if len(done) == sweep.number:
-            done.append(race())
-        names = [name for name in done[0] if all(name in times for times in done)]
+        runs = request.config.stash[POOL]["times"].setdefault(key, [])
+        if key not in request.config.stash[RACED]:
+            runs.append(race())
+            request.config.stash[RACED].add(key)
+        names = [name for name in runs[0] if all(name in times for times in runs)]
         if contestant not in names:
             # A contestant that does not fit has no figures; the others, which do, are still compared.
             pytest.skip("the GPU has too little memory")
-        raced = {name: [seconds for times in done for seconds in times[name]] for name in names}
-        benchmark.disabled = not sweep.last
+        raced = {name: [seconds for times in runs for seconds in times[name]] for name in names}
         measure.readings = itertools.chain.from_iterable((0.0, seconds) for seconds in raced[contestant])
         benchmark.pedantic(lambda: None, rounds=len(raced[contestant]))
-        return raced if sweep.last else None
+        return raced
 
     return run
 
 
 @pytest.fixture
-def contest(request, benchmark, report, timed, sweep):
+def contest(request, benchmark, report, timed, effort):
     """Times the contestants of a group in turn, and shows one: its time, and how near that is to the least possible."""
 
     def run(group, contestant, prepare, *, floor_bytes=None, tensor_bytes=None, shown=None, **facts):
         benchmark.group = group
-        times = timed(group, lambda: _race(prepare, _contestants(request), sweep), contestant)
-        if times is None:
-            return
+        times = timed(group, lambda: _race(prepare, _contestants(request), effort), contestant)
         name, own, first = shown or contestant, times[contestant], next(iter(times.values()))
         low, high = measure.spread(own)
         benchmark.extra_info.update(contestant=name, low=low, high=high, **facts)
@@ -146,7 +149,7 @@ def _contestants(request) -> list[str]:
     ]
 
 
-def _race(prepare, contestants: list[str], sweep: Sweep) -> dict[str, list[float]]:
+def _race(prepare, contestants: list[str], effort: Effort) -> dict[str, list[float]]:
     """Makes the steps of contestants: seconds of each of their calls."""
     steps, make = {}, prepare()
     for contestant in contestants:
@@ -156,10 +159,12 @@ def _race(prepare, contestants: list[str], sweep: Sweep) -> dict[str, list[float
             steps[contestant] = step
         except torch.cuda.OutOfMemoryError:
             continue
-    return measure.race(steps, sweep.seconds, sweep.least, turn=min(sweep.seconds / 10, 0.02))
+    return measure.race(steps, *effort, turn=min(effort.seconds / 10, 0.02))
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("benchmark_disable"):
+        return
     facts = measure.machine()
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     for section, groups in config.stash[TABLES].items():
