@@ -93,7 +93,7 @@ def test_parts(benchmark, report, timed, effort, facts, tiny, contestant):
         for name in PARTS:
             measure.synchronised(parts[name])()
         if key not in facts:
-            facts[key] = data_wait(problem, parts["step"], 1 if tiny else 3)
+            facts[key] = data_wait(problem, parts["step"], 1 if tiny else 2)
         return measure.race(parts, *effort)
 
     benchmark.group = group

@@ -74,6 +74,8 @@ def compete(case: Case, contestants: list[str], facts: dict, effort, stretch: in
         except torch.cuda.OutOfMemoryError:
             continue
     stretches = {name: lambda step=step: [step() for _ in range(stretch)] for name, step in steps.items()}
+    for step in steps.values():
+        step()  # in the first turn the system gives what memory the steps after each other need
     raced = measure.race(stretches, *effort)
     return {name: [seconds / stretch for seconds in times] for name, times in raced.items()}
 

@@ -194,8 +194,8 @@ def control(problem: Problem, neurons: str | None = None) -> Step:
         seconds = {}
         for name, neuron in layers.items():
             step = _control(problem, neuron)
-            step(), step()
-            seconds[name] = min(measure.race({name: step}, 0.0, 3)[name])
+            step()
+            seconds[name] = min(measure.race({name: step}, 0.0, 2)[name])
         neurons = min(seconds, key=seconds.get)
     step = _control(problem, layers[neurons])
     step.note = neurons
