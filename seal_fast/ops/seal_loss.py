@@ -85,11 +85,11 @@ def seal_loss(
     teacher_logits = teacher_logits.detach()
     gradient = torch.is_grad_enabled() and logits.requires_grad
     numbers = float(alpha), float(beta), float(temperature)
-    arguments = (logits, teacher_logits, labels, *numbers, objective, chosen, gradient)
+    others = (teacher_logits, labels, *numbers, objective, chosen, gradient)
     if is_eager(logits, teacher_logits, labels):
-        loss, parts = _Eager.apply(*arguments) if gradient else _without_gradient(*arguments)
+        loss, parts = _Eager.apply(logits, others) if gradient else _without_gradient(logits, *others)
         return LossParts(loss, *parts)
-    return LossParts(*_loss(*arguments)[:4])
+    return LossParts(*_loss(logits, *others)[:4])
 
 
 def selective_alignment_weights(logits: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,10 +215,10 @@ class _Eager(torch.autograd.Function):
     """The operator without its registration: what forward stored is scaled in place, if there is anything to scale."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        (loss, *parts), grad = _run(*inputs)
-        ctx.save_for_backward(*inputs[:3], grad)
-        ctx.arguments = inputs[3:]
+    def forward(ctx, logits, others):  # in a tuple, what needs no gradient takes less of the host's time
+        (loss, *parts), grad = _run(logits, *others)
+        ctx.save_for_backward(logits, *others[:2], grad)
+        ctx.arguments = others[2:]
         ctx.spent = False
         # A view could not be changed in place, as `loss /= 2`; what is in the list is no output to autograd.
         return loss.data, parts
@@ -233,7 +233,7 @@ class _Eager(torch.autograd.Function):
         _kernel(backend).scale_(grad, grad_loss)
         if torch.is_grad_enabled():
             grad = _Once.apply(inputs[0], grad)
-        return grad, *[None] * 8
+        return grad, None
 
 
 class _Once(torch.autograd.Function):
