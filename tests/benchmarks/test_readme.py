@@ -2,9 +2,11 @@
 
 import re
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
+import quality
 import tables
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -83,3 +85,21 @@ def test_growth():
     for study, *exponents in shown:
         contestants = times[" ".join(names.get(word, word) for word in study.split())]
         assert exponents == [f"{tables.exponent(points):.2f}" for points in contestants.values()], study
+
+
+@pytest.mark.parametrize("objective", quality.OBJECTIVES)
+def test_accuracy(objective):
+    """docs/cost.md has the means and deviations of all seeds, and none falls by more than a deviation."""
+    text = (Path(__file__).parents[2] / "docs" / "cost.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| {objective} \| (.+) \|$", text, re.MULTILINE)
+    expected = []
+    for dataset in quality.SETTINGS:
+        found = {name: [] for name in quality.ARITHMETIC}
+        for run in quality.read(tables.FOLDER / f"quality-{dataset}.csv"):
+            if run["objective"] == objective:
+                found[run["arithmetic"]].append(100 * float(run["accuracy"]))
+        means, spreads = ([function(values) for values in found.values()] for function in (mean, stdev))
+        assert all(len(values) >= 5 for values in found.values())
+        assert means[0] > means[1] - max(spreads)
+        expected += [f"{value:.2f} ± {spread:.2f}" for value, spread in zip(means, spreads, strict=True)]
+    assert row.split(" | ") == expected
