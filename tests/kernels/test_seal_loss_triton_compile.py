@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
+    # Triton decides when it is imported: kernels are functions of the interpreter then, without code to look at.
     pytest.skip("compiles nothing under TRITON_INTERPRET=1: kernels are interpreted then", allow_module_level=True)
 
 from seal_fast.kernels.seal_loss import triton as kernel

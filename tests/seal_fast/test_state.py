@@ -135,6 +135,7 @@ def test_monitors_see_spikes_potentials_inputs_and_gradients(network):
 
 def test_a_network_is_a_function_of_its_memories(network):
     if not hasattr(base, "to_functional_forward"):
+        # The oldest supported version came before it; there is nothing to be compatible with.
         pytest.skip("spikingjelly 0.0.0.0.14 has no to_functional_forward")
     x = current(4, 3, 5)
     states = tuple(base.extract_memories(network))

@@ -59,6 +59,7 @@ def small_disk(tmp_path):
         ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True, text=True, check=False
     )
     if mounted.returncode:
+        # Without root there is no small disk to fill; the other faults of writing are provoked without one.
         pytest.skip(f"a file system can be mounted by root only: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
