@@ -8,14 +8,15 @@ is timed alone, in turn with the step.
 
 from __future__ import annotations
 
+import itertools
 import os
-import statistics
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import figures
 import floors
 import measure
 import published_loss
@@ -28,7 +29,7 @@ from training import CASES, CONTESTANTS, WEIGHTS, Problem, Step
 CASE = "resnet18-cifar"
 CHOSEN = ("published, eager", "ours, float32", "ours, bfloat16")
 PARTS = ("convolutions", "teacher", "loss")
-SECTION = "parts of a training step, ms: medians, and the rest (batch norm, neurons, sums, optimiser)"
+SECTION = "parts of a training step; ms: medians (ranges); rest: batch norm, neurons, sums, optimiser"
 
 
 def parts_of(problem: Problem, step: Step, name: str) -> dict:
@@ -64,25 +65,25 @@ def taught(teacher: torch.nn.Module, inputs: torch.Tensor, dtype: torch.dtype) -
         return teacher(inputs)
 
 
-def data_wait(problem: Problem, step: Step, steps: int) -> float:
-    """Seconds a step that the loader lets wait while the published augmentation makes its batches."""
+def data_waits(problem: Problem, step: Step, steps: int) -> list[float]:
+    """Seconds that the loader lets each of so many steps wait while the published augmentation makes its batches."""
     images = np.random.default_rng(0).integers(0, 256, (problem.labels.numel() * (steps + 1), 32, 32, 3), np.uint8)
     transforms = image_transforms("CIFAR10", role="student")
     dataset = CifarImages(images, np.zeros(len(images), np.int64), transforms.train)
     workers = min(8, os.cpu_count() or 1)
     loader = DataLoader(dataset, problem.labels.numel(), num_workers=workers, pin_memory=problem.device.type == "cuda")
     feed = Feed(loader, problem.device, transforms.finish_train)
-    waited = 0.0
-    for number, _ in enumerate(feed):
-        if number == 0:
-            waited = feed.waited  # the workers have started
+    waited = []
+    for _ in feed:
+        waited.append(feed.waited)
         measure.synchronised(step)()
-    return (feed.waited - waited) / steps
+    # In the first of them the workers start.
+    return [after - before for before, after in itertools.pairwise(waited)]
 
 
 @pytest.mark.benchmark(timer=measure.replay)
 @pytest.mark.parametrize("contestant", CHOSEN)
-def test_parts(benchmark, report, timed, effort, facts, tiny, contestant):
+def test_parts(benchmark, report, timed, seconds, facts, tiny, contestant):
     group = f"parts of a training step, {CASE}"
     key = f"{group}, {contestant}"
 
@@ -92,17 +93,16 @@ def test_parts(benchmark, report, timed, effort, facts, tiny, contestant):
         parts = parts_of(problem, CONTESTANTS[contestant][0](problem), contestant)
         for name in PARTS:
             measure.synchronised(parts[name])()
-        if key not in facts:
-            facts[key] = data_wait(problem, parts["step"], 1 if tiny else 2)
-        return measure.race(parts, *effort)
+        facts.setdefault(key, []).extend(data_waits(problem, parts["step"], 1 if tiny else 2))
+        return measure.race(parts, seconds)
 
     benchmark.group = group
     times = timed(key, race, "step")
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    rest = medians["step"] - sum(medians[name] for name in PARTS)
-    shown = {**{name: medians[name] for name in PARTS}, "rest": rest, "data wait": facts[key]}
-    low, high = measure.spread(times["step"])
-    parts = {f"{name.replace(' ', '_')}_seconds": seconds for name, seconds in shown.items()}
-    benchmark.extra_info.update(contestant=contestant, low=low, high=high, **parts)
-    cells = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in shown.items())
-    report(SECTION, benchmark.group, f"  {contestant:28s} {1e3 * medians['step']:9.1f} = {cells}")
+    parts = [times[name] for name in PARTS]
+    rest = [step - sum(others) for step, *others in zip(times["step"], *parts, strict=True)]
+    rounds = {**dict(zip(PARTS, parts, strict=True)), "rest": rest, "data wait": facts[key]}
+    shown = {name: figures.figure(values) for name, values in rounds.items()}
+    noted = {f"{name.replace(' ', '_')}_seconds": value for name, value in shown.items()}
+    benchmark.extra_info.update(contestant=contestant, **noted)
+    cells = ", ".join(f"{name} {value.shown('.1f', 1e3)}" for name, value in shown.items())
+    report(SECTION, group, f"  {contestant:28s} {benchmark.extra_info['time'].shown('8.1f', 1e3)} = {cells}")

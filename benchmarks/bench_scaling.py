@@ -13,17 +13,19 @@ import pytest
 import torch
 from torch import nn
 
+import figures
 import measure
 import peers
 import published
 import published_loss
 import seal_fast
-import tables
 from seal_fast.models.snn import Block, Neuron
 
 OPTIONS = {"tau": 2.0, "decay_input": False, "v_threshold": 1.0, "v_reset": 0.0, "surrogate": "sigmoid"}
 WEIGHTS = {"alpha": 0.6, "beta": 0.15}
-SECTION = "exponent p of time ~ size^p, from the medians of the upper half of the sizes"
+SECTION = (
+    "growth; p of time ~ size^p over the upper half of the sizes (range, should each time lie anywhere in its own)"
+)
 PEER = next((name for name in peers.lif(measure.device(), OPTIONS) if name.startswith("SpikingJelly")), "torch loop")
 
 
@@ -101,20 +103,20 @@ CASES = [(study, size) for study, (_, _, sizes) in STUDIES.items() for size in s
 
 
 @pytest.fixture(scope="session")
-def medians(report):
-    """Medians: study -> contestant -> size -> seconds; and at the end their table."""
-    found: dict[str, dict[str, dict[int, float]]] = {}
+def studied(report):
+    """Study -> contestant -> size -> seconds; and at the end the table of their exponents."""
+    found: dict[str, dict[str, dict[int, figures.Figure]]] = {}
     yield found
     for study, contestants in found.items():
         for contestant, times in contestants.items():
             if len(times) > 2:
-                report(SECTION, study, f"  {contestant:28s} {tables.exponent(times):6.2f}")
+                report(SECTION, study, f"  {contestant:28s} {figures.exponent(times).shown('6.2f')}")
 
 
 @pytest.mark.benchmark(timer=measure.replay)
 @pytest.mark.parametrize("contestant", ["ours", "peer"])
 @pytest.mark.parametrize(("study", "size"), CASES, ids=lambda value: str(value).replace(" ", "-"))
-def test_scaling(contest, benchmark, medians, tiny, study, size, contestant):
+def test_scaling(contest, benchmark, studied, tiny, study, size, contestant):
     make, argument, sizes = STUDIES[study]
     if tiny and size != sizes[0]:
         # All sizes of a study run the same code, and the larger ones take minutes together.
@@ -130,5 +132,4 @@ def test_scaling(contest, benchmark, medians, tiny, study, size, contestant):
         size=size,
         kept_bytes=kept(contestant),
     )
-    if benchmark.enabled:  # else there are no statistics
-        medians.setdefault(study, {}).setdefault(name, {})[size] = benchmark.stats.stats.median
+    studied.setdefault(study, {}).setdefault(name, {})[size] = benchmark.extra_info["time"]

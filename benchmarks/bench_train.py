@@ -12,20 +12,21 @@ finds the peak memory, as this command does:
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import figures
 import measure
 import seal_fast
 from training import CASES, CONTESTANTS, FLOORS, Case, Problem, Step
 
 SECTION = (
-    "training step, images/s: best (median) of all rounds; of 1st: speed, that of the first being 1; of floor: time, "
-    "that of the convolutions alone being 1; MiB: peak of networks and step; B: kept for backward per neuron-step"
+    "training step; images/s: median (range of all but the outer tenths); of 1st: speed, that of the first being 1; "
+    "of floor: time, that of the convolutions alone being 1, both in the same rounds; MiB: peak of networks and step; "
+    "B: kept for backward per neuron-step"
 )
 # Steps between two waits for the device.
 STRETCH = {"cpu": 1, "cuda": 5}
@@ -34,7 +35,7 @@ STRETCH = {"cpu": 1, "cuda": 5}
 LOSS = {torch.float32: 2e-2, torch.bfloat16: 1e-1}
 
 
-def compete(case: Case, contestants: list[str], facts: dict, effort, stretch: int) -> dict[str, list[float]]:
+def compete(case: Case, contestants: list[str], facts: dict, seconds: float, stretch: int) -> dict[str, list[float]]:
     """Make steps, see that all compute the same, and time them in turn.
 
     Args:
@@ -42,7 +43,7 @@ def compete(case: Case, contestants: list[str], facts: dict, effort, stretch: in
         contestants: Their names.
         facts: What is known of them, by contestant and quantity; is filled with what was missing, of full steps only:
             the note, bytes kept for backward per neuron-step and, on a GPU, bytes at the peak.
-        effort: For how long each is timed, and how many rounds at the least.
+        seconds: For how long each is timed.
         stretch: Steps between two waits for the device.
 
     Returns:
@@ -76,7 +77,7 @@ def compete(case: Case, contestants: list[str], facts: dict, effort, stretch: in
     stretches = {name: lambda step=step: [step() for _ in range(stretch)] for name, step in steps.items()}
     for step in steps.values():
         step()  # in the first turn the system gives what memory the steps after each other need
-    raced = measure.race(stretches, *effort)
+    raced = measure.race(stretches, seconds)
     return {name: [seconds / stretch for seconds in times] for name, times in raced.items()}
 
 
@@ -102,7 +103,7 @@ def main(name: str, contestant: str, note: str = "", *options: str) -> None:
 @pytest.mark.benchmark(timer=measure.replay)
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("name", CASES)
-def test_step(request, benchmark, report, timed, effort, facts, tiny, name, contestant):
+def test_step(request, benchmark, report, timed, seconds, facts, tiny, name, contestant):
     device = measure.device().type
     case = CASES[name].tiny() if tiny else CASES[name]
     batch = case.batch[device]
@@ -113,42 +114,35 @@ def test_step(request, benchmark, report, timed, effort, facts, tiny, name, cont
     def race():
         chosen = [item.callspec.params for item in request.session.items if item.originalname == "test_step"]
         contestants = [params["contestant"] for params in chosen if params["name"] == name]
-        return compete(case, contestants, known, effort, 1 if tiny else STRETCH[device])
+        return compete(case, contestants, known, seconds, 1 if tiny else STRETCH[device])
 
     benchmark.group = group
     times = timed(group, race, contestant)
-    best, median = min(times[contestant]), statistics.median(times[contestant])
-    figures = known[contestant]
-    if device == "cpu" and not tiny and contestant not in FLOORS.values() and "peak_bytes" not in figures:
-        figures["peak_bytes"] = peak_bytes(name, contestant, figures["note"])
-    floor = times.get(FLOORS[CONTESTANTS[contestant][1]])
-    extra = {
-        "contestant": contestant,
-        "images_per_second": batch / best,
-        "images_per_second_median": batch / median,
-        "speed_of_first": min(next(iter(times.values()))) / best,
-        "time_of_floor": best / min(floor) if floor else None,
-        "peak_bytes": figures.get("peak_bytes"),
-        "kept_bytes_per_neuron_step": figures.get("kept_bytes"),
-        "note": figures.get("note", ""),
-    }
-    benchmark.extra_info.update(extra)
-    report(SECTION, group, line(extra))
+    own = known[contestant]
+    if device == "cpu" and not tiny and contestant not in FLOORS.values() and "peak_bytes" not in own:
+        own["peak_bytes"] = peak_bytes(name, contestant, own["note"])
+    floor = FLOORS[CONTESTANTS[contestant][1]]
+    extra = benchmark.extra_info
+    extra.update(
+        contestant=contestant,
+        note=own.get("note", ""),
+        time_of_floor=figures.ratio(times[contestant], times[floor]) if floor in times.keys() - {contestant} else None,
+        peak_bytes=own.get("peak_bytes"),
+        kept_bytes_per_neuron_step=own.get("kept_bytes"),
+    )
+    report(SECTION, group, line(batch, extra))
 
 
-def line(extra: dict) -> str:
+def line(batch: int, extra: dict) -> str:
     """A row of the printed table."""
-
-    def shown(value, form, unit):
-        return f"{value:{form}}{unit}" if value is not None else " " * (int(form.split(".")[0]) + len(unit))
-
-    peak = extra["peak_bytes"]
+    names = ("time_of_first", "time_of_floor", "peak_bytes", "kept_bytes_per_neuron_step")
+    of_first, of_floor, peak, kept = (extra.get(name) for name in names)
     cells = [
-        f"  {extra['contestant']:28s}{extra['images_per_second']:10.1f} ({extra['images_per_second_median']:10.1f})",
-        shown(extra["speed_of_first"], "7.2f", " of 1st"),
-        shown(extra["time_of_floor"], "7.2f", " of floor"),
-        shown(None if peak is None else peak / 2**20, "8.0f", " MiB"),
-        shown(extra["kept_bytes_per_neuron_step"], "6.1f", " B"),
+        f"  {extra['contestant']:28s} {extra['time'].inverse().shown('8.1f', batch):26s}",
+        f"{of_first.inverse().shown('6.2f') if of_first else '  1.00':22s} of 1st",
+        f"{of_floor.shown('6.2f'):22s} of floor" if of_floor else " " * 31,
+        f"{peak / 2**20:8.0f} MiB" if peak else " " * 12,
+        f"{kept:5.1f} B" if kept else " " * 7,
         extra["note"],
     ]
     return " ".join(cells).rstrip()

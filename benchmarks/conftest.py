@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
+import figures
 import measure
 from seal_fast import reuse_freed_memory
 
-TABLES = pytest.StashKey[dict]()  # section -> group -> lines
+TABLES = pytest.StashKey[dict]()  # section, "title; what its columns are" -> group -> lines
 POOL = pytest.StashKey[dict]()  # what was measured: see --pool
 RACED = pytest.StashKey[set]()  # keys of what this run has timed
 SECTION = (
-    "best of all rounds, median (range of all but the outer tenths); x: how many times slower than the first, by both; "
-    "share: of the copy bandwidth"
+    "kernels; time: median (range of all but the outer tenths), best; x: times that of the first in the same round; "
+    "%: of the bandwidth of a copy in the same round"
 )
+COPY = "copy"  # a contestant of each group with a floor, which is not shown
 
 
 def pytest_addoption(parser):
@@ -69,17 +69,10 @@ def report(request):
     return add
 
 
-class Effort(NamedTuple):
-    """How long contestants are timed."""
-
-    seconds: float  # each
-    least: int  # rounds
-
-
 @pytest.fixture(scope="session")
-def effort(request, tiny) -> Effort:
-    pooled = request.config.getoption("--pool") is not None
-    return Effort(0.0 if tiny else request.config.getoption("--seconds"), 2 if pooled else 3)
+def seconds(request, tiny) -> float:
+    """How long each contestant is timed."""
+    return 0.0 if tiny else request.config.getoption("--seconds")
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +91,7 @@ def timed(request, benchmark):
         Args:
             key: What is raced. The first test with it calls `race`, the others see the same times.
             race: Returns seconds by contestant, of those that fit into memory.
-            contestant: Whose times are this benchmark's.
+            contestant: Whose times are this benchmark's: they, and how they compare with the first's, are noted.
         """
         runs = request.config.stash[POOL]["times"].setdefault(key, [])
         if key not in request.config.stash[RACED]:
@@ -111,28 +104,30 @@ def timed(request, benchmark):
         raced = {name: [seconds for times in runs for seconds in times[name]] for name in names}
         measure.readings = itertools.chain.from_iterable((0.0, seconds) for seconds in raced[contestant])
         benchmark.pedantic(lambda: None, rounds=len(raced[contestant]))
+        benchmark.extra_info["time"] = figures.figure(raced[contestant])
+        if contestant != names[0]:
+            benchmark.extra_info["time_of_first"] = figures.ratio(raced[contestant], raced[names[0]])
         return raced
 
     return run
 
 
 @pytest.fixture
-def contest(request, benchmark, report, timed, effort):
+def contest(request, benchmark, report, timed, seconds):
     """Times the contestants of a group in turn, and shows one: its time, and how near that is to the least possible."""
 
     def run(group, contestant, prepare, *, floor_bytes=None, tensor_bytes=None, shown=None, **facts):
         benchmark.group = group
-        times = timed(group, lambda: _race(prepare, _contestants(request), effort), contestant)
-        name, own, first = shown or contestant, times[contestant], next(iter(times.values()))
-        low, high = measure.spread(own)
-        benchmark.extra_info.update(contestant=name, low=low, high=high, **facts)
-        best, median = min(own), statistics.median(own)
-        times_shown = f"{best * 1e3:9.3f} ms, median {median * 1e3:9.3f} ({low * 1e3:.3f} to {high * 1e3:.3f})"
-        line = f"  {name:28s} {times_shown:54s} {best / min(first):8.2f}x {median / statistics.median(first):8.2f}x"
-        if floor_bytes is not None:
-            share = floor_bytes / best / measure.copy_bandwidth(tensor_bytes)
-            benchmark.extra_info["share_of_copy_bandwidth"] = share
-            line += f" {share:7.0%}"
+        times = timed(group, lambda: _race(prepare, _contestants(request), tensor_bytes, seconds), contestant)
+        name, own, extra = shown or contestant, times[contestant], benchmark.extra_info
+        extra.update(contestant=name, **facts)
+        cells = f"{extra['time'].shown('9.3f', 1e3)} ms, best {1e3 * min(own):.3f}"
+        relative = extra.get("time_of_first")
+        line = f"  {name:28s} {cells:50s} {relative.shown('7.2f') if relative else '1.00':>7s} x"
+        if tensor_bytes is not None:
+            share = figures.ratio(times[COPY], own, floor_bytes / (2 * tensor_bytes))
+            extra["share_of_copy_bandwidth"] = share
+            line = f"{line:108s} {share.shown('4.0f', 100)} %"
         report(SECTION, group, line)
 
     return run
@@ -149,8 +144,8 @@ def _contestants(request) -> list[str]:
     ]
 
 
-def _race(prepare, contestants: list[str], effort: Effort) -> dict[str, list[float]]:
-    """Makes the steps of contestants: seconds of each of their calls."""
+def _race(prepare, contestants: list[str], tensor_bytes: int | None, seconds: float) -> dict[str, list[float]]:
+    """Makes the steps of contestants, and a copy of `tensor_bytes` where there are: seconds of each of their calls."""
     steps, make = {}, prepare()
     for contestant in contestants:
         try:
@@ -159,7 +154,9 @@ def _race(prepare, contestants: list[str], effort: Effort) -> dict[str, list[flo
             steps[contestant] = step
         except torch.cuda.OutOfMemoryError:
             continue
-    return measure.race(steps, *effort, turn=min(effort.seconds / 10, 0.02))
+    if tensor_bytes is not None:
+        steps[COPY] = measure.copying(tensor_bytes)
+    return measure.race(steps, seconds, turn=min(seconds / 10, 0.02))
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -168,7 +165,9 @@ def pytest_terminal_summary(terminalreporter, config):
     facts = measure.machine()
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     for section, groups in config.stash[TABLES].items():
-        terminalreporter.section(section)
+        title, _, columns = section.partition("; ")
+        terminalreporter.section(title)
+        terminalreporter.write_line(columns)
         terminalreporter.write_line(f"{facts.get('gpu') or facts['cpu']}; {versions}")
         for group, lines in groups.items():
             terminalreporter.write_line(f"\n{group}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import math
 import platform
@@ -60,26 +59,11 @@ def synchronised(step):
     return run
 
 
-def rounds(step, seconds: float, least: int) -> int:
-    """How many calls of `step` fit into `seconds`, `least` or more."""
-    step()
-    start = time.perf_counter()
-    step()
-    return int(min(500, max(least, seconds / max(time.perf_counter() - start, 1e-6))))
-
-
-@functools.cache
-def copy_bandwidth(bytes_read: int) -> float:
-    """Bytes a second, read and written, of torch's copy of so many bytes into memory that exists: the best of many."""
+def copying(bytes_read: int) -> Callable[[], torch.Tensor]:
+    """A copy of so many bytes into memory that exists: what reads and writes them takes no less."""
     source = torch.empty(bytes_read // 4, dtype=torch.float32, device=device()).uniform_()
-    target = torch.empty_like(source)
-    step = synchronised(lambda: target.copy_(source))
-    best = float("inf")
-    for _ in range(max(20, rounds(step, 0.5, 20))):
-        start = time.perf_counter()
-        step()
-        best = min(best, time.perf_counter() - start)
-    return 2 * bytes_read / best
+    target = source.clone()
+    return lambda: target.copy_(source)
 
 
 readings: Iterator[float] = iter(())
@@ -91,7 +75,7 @@ def replay() -> float:
 
 
 def race(
-    steps: dict[str, Callable[[], object]], seconds: float, least: int, turn: float = 0.0
+    steps: dict[str, Callable[[], object]], seconds: float, least: int = 3, turn: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds of a call of each step, in turns, so that a drift of the machine's speed hits all alike.
 
@@ -120,12 +104,6 @@ def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def spread(times: list[float]) -> tuple[float, float]:
-    """Between which of the times all but the fastest and the slowest tenth lie."""
-    ordered, tenth = sorted(times), len(times) // 10
-    return ordered[tenth], ordered[-1 - tenth]
 
 
 def kept_bytes(forward: Callable[[], torch.Tensor], apart: Iterable[torch.Tensor]) -> int:

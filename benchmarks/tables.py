@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
-import statistics
 import sys
 from pathlib import Path
+
+from figures import Figure
 
 FOLDER = Path(__file__).parent / "results"
 COLUMNS = (
     *("benchmark", "group", "contestant", "quantity", "value", "low", "high", "unit", "rounds"),
     *("machine", "versions", "commit", "date"),
 )
-# What a benchmark notes about a contestant beside its time, and the unit.
+# What a benchmark notes about a contestant, and the unit.
 QUANTITIES = {
-    "share_of_copy_bandwidth": "1",
-    "images_per_second_median": "1/s",
-    "speed_of_first": "1",
+    "time": "s",
+    "best_time": "s",
+    "time_of_first": "1",
     "time_of_floor": "1",
+    "share_of_copy_bandwidth": "1",
     "peak_bytes": "B",
     "kept_bytes": "B",
     "kept_bytes_per_neuron_step": "B",
@@ -33,7 +34,7 @@ QUANTITIES = {
 
 
 def rows(content: dict) -> list[dict]:
-    """Rows of what pytest-benchmark wrote. Times are medians, with the bounds of all but the outer tenths."""
+    """Rows of what pytest-benchmark wrote: numbers, and figures with their low and high."""
     found = []
     facts = content["machine_info"]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
@@ -52,15 +53,12 @@ def rows(content: dict) -> list[dict]:
             "group": entry["group"],
             "contestant": extra["contestant"],
             "rounds": times["rounds"],
-            "low": None,
-            "high": None,
         }
-        low, high = extra.get("low", times["min"]), extra.get("high", times["max"])
-        found.append({**own, "quantity": "time", "value": times["median"], "low": low, "high": high, "unit": "s"})
-        found.append({**own, "quantity": "best_time", "value": times["min"], "unit": "s"})
+        noted = {**extra, "best_time": times["min"]}
         for name, unit in QUANTITIES.items():
-            if extra.get(name) is not None:
-                found.append({**own, "quantity": name, "value": extra[name], "unit": unit})
+            if noted.get(name) is not None:
+                value, low, high = noted[name] if isinstance(noted[name], list) else (noted[name], None, None)
+                found.append({**own, "quantity": name, "value": value, "low": low, "high": high, "unit": unit})
     return found
 
 
@@ -93,10 +91,15 @@ def read(path: Path) -> list[dict]:
     return table
 
 
-def value(table: list[dict], benchmark: str, group: str, contestant: str, quantity: str) -> float:
+def figure(row: dict) -> Figure:
+    """What a row holds; its spread is None where there is none."""
+    return Figure(row["value"], row["low"], row["high"])
+
+
+def find(table: list[dict], benchmark: str, group: str, contestant: str, quantity: str) -> Figure:
     """One figure; `group` is the beginning of its name."""
     found = [
-        row["value"]
+        figure(row)
         for row in table
         if (row["benchmark"], row["contestant"], row["quantity"]) == (benchmark, contestant, quantity)
         and row["group"].startswith(group)
@@ -106,39 +109,40 @@ def value(table: list[dict], benchmark: str, group: str, contestant: str, quanti
     return found[0]
 
 
-def exponent(times: dict[float, float]) -> float:
-    """The p of time ~ size^p over the upper half of the sizes, by least squares of the logarithms.
-
-    Args:
-        times: Size -> seconds, of two sizes or more.
-    """
-    points = [(math.log(size), math.log(seconds)) for size, seconds in sorted(times.items())]
-    upper = points[-max(2, (len(points) + 1) // 2) :]
-    return statistics.linear_regression(*zip(*upper, strict=True)).slope
-
-
-def differences(first: list[dict], second: list[dict]) -> tuple[list[str], int]:
-    """Times whose medians differ by more than the spread of both together, in words; and how many were compared."""
-    key = ("benchmark", "group", "contestant")
-    before = {tuple(row[name] for name in key): row for row in first if row["quantity"] == "time"}
+def differences(first: list[dict], second: list[dict], unit: str) -> tuple[list[str], int]:
+    """Figures in `unit` whose spreads in two tables lie apart, in words; and how many were compared."""
+    key = ("benchmark", "group", "contestant", "quantity")
+    before = {tuple(row[name] for name in key): row for row in first}
     found, compared = [], 0
     for row in second:
         other = before.get(tuple(row[name] for name in key))
-        if row["quantity"] != "time" or other is None or row["low"] is None:  # as of the checks before
+        if other is None or row["unit"] != unit or row["low"] is None or other["low"] is None:
             continue
         compared += 1
-        if max(row["low"], other["low"]) > min(row["high"], other["high"]):
+        if figure(row).differs(figure(other)):
             change = row["value"] / other["value"] - 1
-            found.append(f"{row['group']}, {row['contestant']}: {change:+.0%}")
+            found.append(f"{row['group']}, {row['contestant']}, {row['quantity']}: {change:+.0%}")
     return found, compared
+
+
+def compare(first: list[dict], second: list[dict]) -> bool:
+    """Print which figures of two runs differ by more than their spread; return whether any does.
+
+    Times follow the machine, which others may share. What is relative to another contestant of the same rounds is
+    compared apart from them.
+    """
+    differ = False
+    for kind, unit in {"relative figures": "1", "times": "s"}.items():
+        found, compared = differences(first, second, unit)
+        print("\n".join([f"{len(found)} of {compared} {kind} differ by more than their spread", *found]))
+        differ = differ or bool(found)
+    return differ
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; return the exit status."""
     if arguments[:1] == ["compare"] and len(arguments) == 3:
-        found, compared = differences(*(read(Path(name)) for name in arguments[1:]))
-        print("\n".join([f"{len(found)} of {compared} times differ by more than their spread", *found]))
-        return 1 if found else 0
+        return 1 if compare(*(read(Path(name)) for name in arguments[1:])) else 0
     if not arguments or arguments[0] == "compare":
         print(__doc__.strip())
         return 2

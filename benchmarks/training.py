@@ -195,7 +195,7 @@ def control(problem: Problem, neurons: str | None = None) -> Step:
         for name, neuron in layers.items():
             step = _control(problem, neuron)
             step()
-            seconds[name] = min(measure.race({name: step}, 0.0, 2)[name])
+            seconds[name] = min(measure.race({name: step}, 0.0, least=2)[name])
         neurons = min(seconds, key=seconds.get)
     step = _control(problem, layers[neurons])
     step.note = neurons

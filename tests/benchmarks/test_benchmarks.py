@@ -47,8 +47,10 @@ def test_every_row_says_where_it_comes_from(tiny):
         assert row["machine"]
         assert f"torch {version('torch')}" in row["versions"]
         assert row["date"]
-    times = [row for row in table if row["quantity"] == "time" and row["benchmark"] != "checks"]
-    assert all(0 < row["low"] <= row["value"] <= row["high"] for row in times)
+    spread = [row for row in table if row["low"] is not None]
+    assert {row["quantity"] for row in spread} >= {"time", "time_of_first", "time_of_floor", "share_of_copy_bandwidth"}
+    assert all(row["low"] <= row["value"] <= row["high"] for row in spread)
+    assert all(row["value"] > 0 for row in spread if row["quantity"] != "rest_seconds")  # which is a difference
 
 
 def test_kernels_are_raced(tiny):
@@ -60,39 +62,30 @@ def test_kernels_are_raced(tiny):
         assert {"seal-fast cpu", "torch loop"} <= set(contestants)
         assert f"\n{group}\n" in output
     assert all({"published, eager"} < set(contestants) for contestants in of(table, "seal_loss").values())
-    shares = [row["value"] for row in table if row["quantity"] == "share_of_copy_bandwidth"]
-    assert shares
-    assert all(share > 0 for share in shares)
+    shares = of(table, "lif", "share_of_copy_bandwidth")
+    assert {group: set(contestants) for group, contestants in shares.items()} == {
+        group: set(contestants) for group, contestants in groups.items()
+    }
 
 
 def test_training_step_is_raced(tiny):
     output, _, table = tiny
-    ((group, times),) = of(table, "train", "best_time").items()
+    ((group, times),) = of(table, "train").items()
     assert group == "training step, resnet18-cifar: resnet18 <- resnet34, T 2, 2 x [3, 16, 16]"
     assert f"\n{group}\n" in output
     floors = {f"convolutions alone, {dtype}" for dtype in ("float32", "bfloat16")}
     assert set(times) >= {"published, eager", "ours, float32", "ours, bfloat16", *floors}
-    speeds, of_floor = (of(table, "train", name)[group] for name in ("speed_of_first", "time_of_floor"))
-    for contestant, seconds in times.items():
-        assert speeds[contestant] == pytest.approx(times["published, eager"] / seconds, rel=1e-4)
-        assert (of_floor[contestant] == 1) == (contestant in floors)
+    assert set(of(table, "train", "time_of_first")[group]) == set(times) - {"published, eager"}
+    assert set(of(table, "train", "time_of_floor")[group]) == set(times) - floors
     assert set(of(table, "train", "kept_bytes_per_neuron_step")[group]) == set(times) - floors
 
 
-def test_parts_make_up_the_step(tiny):
+def test_parts_of_a_step_are_timed(tiny):
     _, _, table = tiny
-    ((_, times),) = of(table, "parts").items()
+    ((group, times),) = of(table, "parts").items()
     assert set(times) == {"published, eager", "ours, float32", "ours, bfloat16"}
-    for contestant, seconds in times.items():
-        parts = [
-            row["value"]
-            for row in table
-            if (row["benchmark"], row["contestant"]) == ("parts", contestant)
-            and row["quantity"].endswith("_seconds")
-            and row["quantity"] != "data_wait_seconds"
-        ]
-        assert len(parts) == 4
-        assert sum(parts) == pytest.approx(seconds, rel=1e-3)
+    for part in ("convolutions", "teacher", "loss", "rest", "data_wait"):
+        assert set(of(table, "parts", f"{part}_seconds")[group]) == set(times)
 
 
 def test_plots_are_drawn(tiny):

@@ -1,8 +1,6 @@
-"""The table of a machine's figures: what is written is read, fits are right, and runs are compared."""
+"""The table of a machine's figures: what is written is read, and runs are compared."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import tables
 
@@ -27,38 +25,35 @@ def test_rows_come_back(tmp_path):
     rows = [ROW, {**ROW, "quantity": "kept_bytes", "value": 12.0, "low": None, "high": None}]
     tables.write(tmp_path / "a" / "b.csv", rows)
     assert tables.read(tmp_path / "a" / "b.csv") == [{**row, "rounds": "3"} for row in rows]
-    assert tables.value(rows, "lif", "lif both", "a, b", "kept_bytes") == 12
+    assert tables.find(rows, "lif", "lif both", "a, b", "time") == (0.25, 0.125, 0.5)
+    assert tables.find(rows, "lif", "lif both", "a, b", "kept_bytes") == (12, None, None)
     with pytest.raises(LookupError, match="0 rows for lif, lif both, nobody, time"):
-        tables.value(rows, "lif", "lif both", "nobody", "time")
-
-
-@given(st.floats(-1, 3), st.floats(1e-6, 1e3), st.integers(2, 9))
-def test_exponent_of_a_power(power, factor, count):
-    times = {2.0**size: factor * 2.0 ** (size * power) for size in range(count)}
-    assert tables.exponent(times) == pytest.approx(power, abs=1e-9)  # measured 1e-13
-
-
-def test_exponent_is_that_of_the_larger_half():
-    times = {1: 1.0, 2: 1.0, 4: 1.0, 8: 4.0, 16: 16.0, 32: 64.0, 64: 256.0}
-    assert tables.exponent(times) == pytest.approx(2)
+        tables.find(rows, "lif", "lif both", "nobody", "time")
 
 
 @pytest.mark.parametrize(("low", "high", "differs"), [(0.4, 0.6, False), (0.51, 0.6, True), (0.01, 0.1, True)])
 def test_runs_differ_where_their_spreads_lie_apart(low, high, differs):
     other = {**ROW, "low": low, "high": high, "value": (low + high) / 2}
-    found, compared = tables.differences([ROW], [other, {**other, "group": "alone"}])
+    found, compared = tables.differences([ROW], [other, {**other, "group": "alone"}, {**other, "quantity": "new"}], "s")
     assert compared == 1
     assert bool(found) == differs
+    assert tables.differences([ROW], [other], "1") == ([], 0)
 
 
 def test_command_compares(tmp_path, capsys):
     for name, value in (("a", 0.25), ("b", 2.5)):
         check = {**ROW, "benchmark": "checks", "group": "tests", "value": 30.0, "low": None, "high": None}
         timed = {**ROW, "value": value, "low": value * 0.9, "high": value * 1.1}
-        tables.write(tmp_path / f"{name}.csv", [timed, check])
+        relative = {**ROW, "quantity": "time_of_first", "value": 3.0, "low": 2.0, "high": 4.0, "unit": "1"}
+        tables.write(tmp_path / f"{name}.csv", [timed, relative, check])
     assert tables.main(["compare", str(tmp_path / "a.csv"), str(tmp_path / "a.csv")]) == 0
+    capsys.readouterr()
     assert tables.main(["compare", str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]) == 1
-    assert "1 of 1 times differ by more than their spread\nlif both, T 4, a, b: +900%" in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        "0 of 1 relative figures differ by more than their spread\n"
+        "1 of 1 times differ by more than their spread\n"
+        "lif both, T 4, a, b, time: +900%\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""Figures with their spread, from what was measured in rounds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Figure(NamedTuple):
+    """A median, and between which of its rounds all but the smallest and the largest tenth lie."""
+
+    median: float
+    low: float
+    high: float
+
+    def shown(self, form: str, scale: float = 1.0) -> str:
+        """As text, each number times `scale` in the format `form`."""
+        median, low, high = (f"{scale * number:{form}}" for number in self)
+        return f"{median} ({low.strip()} to {high.strip()})"
+
+    def inverse(self) -> Figure:
+        """Of speeds, where this is of times, and the other way round."""
+        return Figure(1 / self.median, 1 / self.high, 1 / self.low)
+
+    def differs(self, other: Figure) -> bool:
+        """Whether the two lie apart with all their spread."""
+        return max(self.low, other.low) > min(self.high, other.high)
+
+
+def figure(rounds: Iterable[float]) -> Figure:
+    """The figure of a quantity's rounds."""
+    ordered = sorted(rounds)
+    tenth = len(ordered) // 10
+    return Figure(statistics.median(ordered), ordered[tenth], ordered[-1 - tenth])
+
+
+def ratio(times: list[float], others: list[float], scale: float = 1.0) -> Figure:
+    """Times by another contestant's of the same rounds, times `scale`: what slows both alike leaves no trace."""
+    return figure(scale * time / other for time, other in zip(times, others, strict=True))
+
+
+def exponent(times: dict[float, Figure]) -> Figure:
+    """The p of time ~ size^p over the upper half of the sizes, by least squares of the logarithms.
+
+    Args:
+        times: Size -> seconds, of two sizes or more.
+
+    Returns:
+        The p of the medians; its least and its greatest, should each time lie anywhere in its spread.
+    """
+    upper = sorted(times.items())[-max(2, (len(times) + 1) // 2) :]
+    sizes = [math.log(size) for size, _ in upper]
+    centre = statistics.fmean(sizes)
+    squares = sum((size - centre) ** 2 for size in sizes)
+    slopes = [
+        [(size - centre) / squares * math.log(bound) for bound in seconds]
+        for size, (_, seconds) in zip(sizes, upper, strict=True)
+    ]
+    return Figure(
+        sum(median for median, _, _ in slopes),
+        sum(min(bounds) for _, *bounds in slopes),
+        sum(max(bounds) for _, *bounds in slopes),
+    )
