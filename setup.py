@@ -119,6 +119,7 @@ setup(
         "console_scripts": [
             "seal-fast-teacher = seal_fast.train.teacher:main",
             "seal-fast-distill = seal_fast.train.distill:main",
+            "seal-fast-evaluate = seal_fast.train.evaluate:main",
             "seal-fast-demo = seal_fast.train.demo:main",
         ]
     },

@@ -19,9 +19,18 @@ WHOLE = "the checkpoints in the run's folder are whole, and --resume auto goes o
 
 
 def command(
-    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], object], argv: list[str] | None
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], object],
+    argv: list[str] | None,
+    left: str = WHOLE,
 ) -> int:
     """Run a trainer's command line.
+
+    Args:
+        parser: Of its options.
+        run: What it does with them.
+        argv: The words after its name; None for those of this process.
+        left: How it leaves things when something else ends it.
 
     Returns:
         The exit code: 0; 2 for a mistake in the command or the data; 1 for a run that cannot go on; 75 after SIGTERM
@@ -31,7 +40,7 @@ def command(
         run(parser.parse_args(argv))
     except (Exception, KeyboardInterrupt) as error:
         told = isinstance(error, ToldElsewhereError)
-        sentence, code, tells = _explained(error.error if told else error)
+        sentence, code, tells = _explained(error.error if told else error, left)
         if not sentence:
             raise
         if tells and not told:
@@ -43,7 +52,7 @@ def command(
     return 0
 
 
-def _explained(error: BaseException) -> tuple[str, int, bool]:
+def _explained(error: BaseException, left: str) -> tuple[str, int, bool]:
     """The sentence, the exit code, and whether this rank prints it; no sentence for an error that is none of these.
 
     All ranks come to the same conclusion about a command and about a training that cannot go on.
@@ -58,13 +67,13 @@ def _explained(error: BaseException) -> tuple[str, int, bool]:
     if isinstance(error, StoppedError):
         return text, error.code, ranks.first()
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted; {WHOLE}.", CODES[signal.SIGINT], ranks.first()
+        return f"interrupted; {left}.", CODES[signal.SIGINT], ranks.first()
     if isinstance(error, OSError):
-        return f"{_first_line(error.strerror or text)}{_of_file(error)}; {WHOLE}.", 1, True
+        return f"{_first_line(error.strerror or text)}{_of_file(error)}; {left}.", 1, True
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-        return f"a process that loads data died ({_first_line(text)}); {WHOLE}.", 1, True
+        return f"a process that loads data died ({_first_line(text)}); {left}.", 1, True
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text.lower()):
-        return f"rank {ranks.rank()} lost the others ({_first_line(text)}); {WHOLE}.", 1, True
+        return f"rank {ranks.rank()} lost the others ({_first_line(text)}); {left}.", 1, True
     return "", 1, True
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from seal_fast.models import folded, student
+from seal_fast.models import folded
 from seal_fast.train import ranks
 from seal_fast.train.checkpoint import load_teacher
 from seal_fast.train.command import command
 from seal_fast.train.folder import Run
+from seal_fast.train.networks import network_of, stem_of
 from seal_fast.train.options import as_published, distill_parser, kernels_of
 from seal_fast.train.run import prepare, splits_of, train
 from seal_fast.train.step import AMP_DTYPES
-from seal_fast.train.tasks import DistillTask, tau_of
-from seal_fast.train.teacher import stem_of
+from seal_fast.train.tasks import DistillTask
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -32,24 +32,14 @@ def run(args: argparse.Namespace) -> dict:
     args = prepare(args, "student")
     splits = splits_of(args, "student")
     # Before the teacher, whose own initialisation would otherwise change the student that a seed stands for.
-    network = student(
-        args.stu_arch,
-        num_classes=splits.num_classes,
-        in_channels=splits.in_channels,
-        time_steps=args.T,
-        tau=tau_of(args.decay),
-        v_threshold=args.thresh,
-        v_reset=args.v_reset,
-        detach_reset=args.detach_reset,
-        backend=args.backend,
-    )
+    sizes = {"num_classes": splits.num_classes, "in_channels": splits.in_channels}
+    network = network_of(args, **sizes)
     teacher = None
     if args.method != "ce":
         teacher = load_teacher(
             Path(args.tea_path),
             args.tea_arch,
-            num_classes=splits.num_classes,
-            in_channels=splits.in_channels,
+            **sizes,
             stem=stem_of(args.dataset, args.tea_arch),
         ).to(args.device)
         if not as_published(args):

@@ -17,6 +17,7 @@ from seal_fast.train.errors import UsageError
 
 METHODS = ("seal", "ela", "sta", "kd", "tdkd", "ce")
 OPTIMISERS = ("SGDM", "ADAM", "ADAMW")
+AMP = ("auto", "off", "bf16", "fp16")
 
 _SHARED = {"alpha": 0.6, "beta": 0.15, "wd": 5e-4, "lr": 0.1}
 _CIFAR = {
@@ -188,7 +189,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
     machine.add_argument(
         "--amp",
-        choices=("auto", "off", "bf16", "fp16"),
+        choices=AMP,
         default="auto",
         help="autocast; auto is bf16 where the hardware multiplies it faster than float32 (default: %(default)s)",
     )

@@ -8,18 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from seal_fast.models import teacher
 from seal_fast.train import ranks
 from seal_fast.train.command import command
 from seal_fast.train.folder import Run
+from seal_fast.train.networks import network_of
 from seal_fast.train.options import teacher_parser
 from seal_fast.train.run import prepare, splits_of, train
 from seal_fast.train.tasks import TeacherTask
-
-
-def stem_of(dataset: str, arch: str) -> str:
-    """The stem of a teacher for a dataset: ImageNet's at 224 pixels, whatever the number of classes."""
-    return "imagenet" if dataset == "imagenet" and arch not in ("resnet8", "resnet19") else "cifar"
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -30,12 +25,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     args = prepare(args, "teacher")
     splits = splits_of(args, "teacher")
-    network = teacher(
-        args.arch,
-        num_classes=splits.num_classes,
-        in_channels=splits.in_channels,
-        stem=stem_of(args.dataset, args.arch),
-    )
+    network = network_of(args, num_classes=splits.num_classes, in_channels=splits.in_channels)
     folder = ranks.from_first(Run, args, f"teacher-{args.dataset}-{args.arch}")
     return train(args, TeacherTask(network), splits, folder, spiking=False)
 

@@ -110,7 +110,7 @@ def assert_complete(folder: Path, *, spiking: bool):
 
 
 def test_digits_dvs_from_nothing_to_a_student(tmp_path):
-    from seal_fast.train import distill, teacher
+    from seal_fast.train import distill, evaluate, teacher
     from seal_fast.train.data import camera
 
     camera.write_digits(tmp_path / "data", per_class=2)
@@ -121,11 +121,12 @@ def test_digits_dvs_from_nothing_to_a_student(tmp_path):
     student = f"{shared} --run_name student --train_batch_size 6 --T 3 --tea_path {tmp_path}/logs/teacher"
     assert distill.main(student.split()) == 0
     assert_complete(tmp_path / "logs" / "student", spiking=True)
+    assert evaluate.main(f"{tmp_path}/logs/student --T 4".split()) == 0
 
 
-@pytest.mark.parametrize("program", ["seal-fast-teacher", "seal-fast-distill", "seal-fast-demo"])
+@pytest.mark.parametrize("program", ["seal-fast-teacher", "seal-fast-distill", "seal-fast-evaluate", "seal-fast-demo"])
 def test_console_scripts_explain_themselves(program):
     script = Path(sys.executable).with_name(program)
     result = subprocess.run([script, "--help"], capture_output=True, encoding="utf-8", timeout=60)
     assert result.returncode == 0
-    assert "--log_path" in result.stdout
+    assert ("--json" if "evaluate" in program else "--log_path") in result.stdout
