@@ -77,7 +77,7 @@ def seconds(request, tiny) -> float:
 
 @pytest.fixture(scope="session")
 def facts(request) -> dict:
-    """What is measured once in all runs of a pool, of numbers and texts, by group."""
+    """What the runs of a pool tell each other beside times, of numbers and texts, by group."""
     return request.config.stash[POOL]["facts"]
 
 
@@ -104,7 +104,7 @@ def timed(request, benchmark):
         raced = {name: [seconds for times in runs for seconds in times[name]] for name in names}
         measure.readings = itertools.chain.from_iterable((0.0, seconds) for seconds in raced[contestant])
         benchmark.pedantic(lambda: None, rounds=len(raced[contestant]))
-        benchmark.extra_info["time"] = figures.figure(raced[contestant])
+        benchmark.extra_info.update(first=names[0], time=figures.figure(raced[contestant]))
         if contestant != names[0]:
             benchmark.extra_info["time_of_first"] = figures.ratio(raced[contestant], raced[names[0]])
         return raced
@@ -124,7 +124,7 @@ def contest(request, benchmark, report, timed, seconds):
         cells = f"{extra['time'].shown('9.3f', 1e3)} ms, best {1e3 * min(own):.3f}"
         relative = extra.get("time_of_first")
         line = f"  {name:28s} {cells:50s} {relative.shown('7.2f') if relative else '1.00':>7s} x"
-        if tensor_bytes is not None:
+        if COPY in times:
             share = figures.ratio(times[COPY], own, floor_bytes / (2 * tensor_bytes))
             extra["share_of_copy_bandwidth"] = share
             line = f"{line:108s} {share.shown('4.0f', 100)} %"
@@ -147,15 +147,13 @@ def _contestants(request) -> list[str]:
 def _race(prepare, contestants: list[str], tensor_bytes: int | None, seconds: float) -> dict[str, list[float]]:
     """Makes the steps of contestants, and a copy of `tensor_bytes` where there are: seconds of each of their calls."""
     steps, make = {}, prepare()
-    for contestant in contestants:
+    for contestant in [*contestants, *([COPY] if tensor_bytes is not None else [])]:
         try:
-            step = make(contestant)
+            step = measure.copying(tensor_bytes) if contestant == COPY else make(contestant)
             measure.synchronised(step)()
             steps[contestant] = step
         except torch.cuda.OutOfMemoryError:
             continue
-    if tensor_bytes is not None:
-        steps[COPY] = measure.copying(tensor_bytes)
     return measure.race(steps, seconds, turn=min(seconds / 10, 0.02))
 
 

@@ -9,20 +9,21 @@ from typing import NamedTuple
 
 
 class Figure(NamedTuple):
-    """A median, and between which of its rounds all but the smallest and the largest tenth lie."""
+    """A median, between which of its rounds all but the smallest and the largest tenth lie, and how many there are."""
 
     median: float
     low: float
     high: float
+    rounds: int
 
     def shown(self, form: str, scale: float = 1.0) -> str:
         """As text, each number times `scale` in the format `form`."""
-        median, low, high = (f"{scale * number:{form}}" for number in self)
+        median, low, high = (f"{scale * number:{form}}" for number in self[:3])
         return f"{median} ({low.strip()} to {high.strip()})"
 
     def inverse(self) -> Figure:
         """Of speeds, where this is of times, and the other way round."""
-        return Figure(1 / self.median, 1 / self.high, 1 / self.low)
+        return Figure(1 / self.median, 1 / self.high, 1 / self.low, self.rounds)
 
     def differs(self, other: Figure) -> bool:
         """Whether the two lie apart with all their spread."""
@@ -33,7 +34,7 @@ def figure(rounds: Iterable[float]) -> Figure:
     """The figure of a quantity's rounds."""
     ordered = sorted(rounds)
     tenth = len(ordered) // 10
-    return Figure(statistics.median(ordered), ordered[tenth], ordered[-1 - tenth])
+    return Figure(statistics.median(ordered), ordered[tenth], ordered[-1 - tenth], len(ordered))
 
 
 def ratio(times: list[float], others: list[float], scale: float = 1.0) -> Figure:
@@ -54,12 +55,14 @@ def exponent(times: dict[float, Figure]) -> Figure:
     sizes = [math.log(size) for size, _ in upper]
     centre = statistics.fmean(sizes)
     squares = sum((size - centre) ** 2 for size in sizes)
-    slopes = [
-        [(size - centre) / squares * math.log(bound) for bound in seconds]
+    # What each size adds to the slope: with its median, and with the bounds of its spread.
+    shares = [
+        [(size - centre) / squares * math.log(bound) for bound in seconds[:3]]
         for size, (_, seconds) in zip(sizes, upper, strict=True)
     ]
     return Figure(
-        sum(median for median, _, _ in slopes),
-        sum(min(bounds) for _, *bounds in slopes),
-        sum(max(bounds) for _, *bounds in slopes),
+        sum(median for median, _, _ in shares),
+        sum(min(bounds) for _, *bounds in shares),
+        sum(max(bounds) for _, *bounds in shares),
+        min(seconds.rounds for _, seconds in upper),
     )

@@ -60,7 +60,7 @@ def synchronised(step):
 
 
 def copying(bytes_read: int) -> Callable[[], torch.Tensor]:
-    """A copy of so many bytes into memory that exists: what reads and writes them takes no less."""
+    """A copy of so many bytes into memory that exists: what reading and writing them takes at the least, about."""
     source = torch.empty(bytes_read // 4, dtype=torch.float32, device=device()).uniform_()
     target = source.clone()
     return lambda: target.copy_(source)

@@ -16,7 +16,7 @@ from figures import Figure
 
 FOLDER = Path(__file__).parent / "results"
 COLUMNS = (
-    *("benchmark", "group", "contestant", "quantity", "value", "low", "high", "unit", "rounds"),
+    *("benchmark", "group", "contestant", "first", "quantity", "value", "low", "high", "unit", "rounds"),
     *("machine", "versions", "commit", "date"),
 )
 # What a benchmark notes about a contestant, and the unit.
@@ -52,13 +52,14 @@ def rows(content: dict) -> list[dict]:
             "benchmark": Path(entry["fullname"].split("::")[0]).stem.removeprefix("bench_"),
             "group": entry["group"],
             "contestant": extra["contestant"],
-            "rounds": times["rounds"],
+            "first": extra["first"],
         }
         noted = {**extra, "best_time": times["min"]}
         for name, unit in QUANTITIES.items():
             if noted.get(name) is not None:
-                value, low, high = noted[name] if isinstance(noted[name], list) else (noted[name], None, None)
-                found.append({**own, "quantity": name, "value": value, "low": low, "high": high, "unit": unit})
+                cells = noted[name] if isinstance(noted[name], list) else [noted[name], None, None, None]
+                measured = dict(zip(("value", "low", "high", "rounds"), cells, strict=True))
+                found.append({**own, "quantity": name, "unit": unit, **measured})
     return found
 
 
@@ -88,18 +89,19 @@ def read(path: Path) -> list[dict]:
     for row in table:
         for name in ("value", "low", "high"):
             row[name] = float(row[name]) if row[name] else None
+        row["rounds"] = int(row["rounds"]) if row["rounds"] else None
     return table
 
 
-def figure(row: dict) -> Figure:
-    """What a row holds; its spread is None where there is none."""
-    return Figure(row["value"], row["low"], row["high"])
+def figure_of(row: dict) -> Figure:
+    """What a row holds; spread and rounds are None where it was measured once."""
+    return Figure(row["value"], row["low"], row["high"], row["rounds"])
 
 
 def find(table: list[dict], benchmark: str, group: str, contestant: str, quantity: str) -> Figure:
     """One figure; `group` is the beginning of its name."""
     found = [
-        figure(row)
+        figure_of(row)
         for row in table
         if (row["benchmark"], row["contestant"], row["quantity"]) == (benchmark, contestant, quantity)
         and row["group"].startswith(group)
@@ -110,16 +112,23 @@ def find(table: list[dict], benchmark: str, group: str, contestant: str, quantit
 
 
 def differences(first: list[dict], second: list[dict], unit: str) -> tuple[list[str], int]:
-    """Figures in `unit` whose spreads in two tables lie apart, in words; and how many were compared."""
-    key = ("benchmark", "group", "contestant", "quantity")
-    before = {tuple(row[name] for name in key): row for row in first}
+    """Figures in `unit` whose spreads in two tables lie apart, in words; and how many were compared.
+
+    What is relative to the first contestant is compared where that was the same.
+    """
+
+    def key(row):
+        of = row.get("first") if row["quantity"] == "time_of_first" else None
+        return row["benchmark"], row["group"], row["contestant"], row["quantity"], of
+
+    before = {key(row): row for row in first}
     found, compared = [], 0
     for row in second:
-        other = before.get(tuple(row[name] for name in key))
+        other = before.get(key(row))
         if other is None or row["unit"] != unit or row["low"] is None or other["low"] is None:
             continue
         compared += 1
-        if figure(row).differs(figure(other)):
+        if figure_of(row).differs(figure_of(other)):
             change = row["value"] / other["value"] - 1
             found.append(f"{row['group']}, {row['contestant']}, {row['quantity']}: {change:+.0%}")
     return found, compared
@@ -161,7 +170,7 @@ def save(contents: list[dict], checks: list[dict] = (), folder: Path = FOLDER) -
     table = [row for content in contents for row in rows(content)]
     shared = {name: table[0][name] for name in ("machine", "versions", "commit", "date")}
     for step in checks:
-        own = {**shared, "benchmark": "checks", "group": step["step"], "low": None, "high": None}
+        own = {**shared, "benchmark": "checks", "group": step["step"]}
         table.append({**own, "quantity": "passed", "value": float(step["passed"]), "unit": "1"})
         table.append({**own, "quantity": "time", "value": step["seconds"], "unit": "s"})
     path = folder / file_of(shared["machine"]).name

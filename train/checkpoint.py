@@ -15,6 +15,8 @@ from torch import nn
 from seal_fast.models import TEACHERS, teacher
 from seal_fast.train.errors import UsageError
 
+BEST = "best.pt"  # of a run's folder: the weights of the best epoch
+
 
 def save(content: dict, path: Path) -> None:
     """Write `content` to `path`; what was there before stays until the new file is complete, and then is gone."""
@@ -138,6 +140,12 @@ def load_teacher(path: Path, arch: str, *, num_classes: int, in_channels: int, s
         what += f" but a {others[0]} (pass --tea_arch {others[0]})"
     load_into(network, state, path, what)
     return network.eval().requires_grad_(False)
+
+
+def matrices_of(state: object) -> list[torch.Tensor]:
+    """The weights of two dimensions or more in a state dict; none in what is no state dict."""
+    named = isinstance(state, dict) and all(_is_entry(name, value) for name, value in state.items())
+    return [value for value in state.values() if value.dim() > 1] if named else []
 
 
 def _is_entry(name: object, value: object) -> bool:

@@ -34,7 +34,7 @@ def command(
 
     Returns:
         The exit code: 0; 2 for a mistake in the command or the data; 1 for a run that cannot go on; 75 after SIGTERM
-        and 130 after Ctrl-C, both with the state saved.
+        and 130 after Ctrl-C, with the state saved if there is one.
     """
     try:
         run(parser.parse_args(argv))

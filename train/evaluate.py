@@ -19,60 +19,74 @@ from seal_fast.train.command import command
 from seal_fast.train.engine import evaluate
 from seal_fast.train.errors import UsageError
 from seal_fast.train.feed import Feed
-from seal_fast.train.networks import arch_of, read, restored, role_of, sizes_of
-from seal_fast.train.options import AMP, Parser, as_published, distill_parser, kernels_of, teacher_parser
-from seal_fast.train.run import loaders_of, prepare, splits_of
+from seal_fast.train.networks import Trained, arch_of
+from seal_fast.train.options import AMP, Parser, as_published, kernels_of, smallest_part
+from seal_fast.train.run import prepare, splits_of, val_loader_of
 from seal_fast.train.tasks import DistillTask, TeacherTask
-
-# Options of training that evaluation neither has nor needs; no teacher is asked for.
-WITHOUT = {"resume": None, "run_name": None, "cuda_graph": False, "accumulate": 1, "method": "ce"}
 
 
 def run(args: argparse.Namespace) -> dict:
     """Evaluate the network that the options name on the validation part of its dataset.
 
     Returns:
-        checkpoint, dataset, samples, T; accuracy, accuracy_at t = 1…T, and firing_rate by layer.
+        checkpoint, dataset, samples; accuracy, accuracy_at t = 1…T, and firing_rate by layer.
     """
-    content, path = read(args.path)
-    changes = {name: value for name, value in vars(args).items() if name not in ("path", "json") and value is not None}
-    options = options_of(content["options"], changes)
-    role = role_of(vars(options))
-    options = prepare(options, role)
-    network = restored(content, path, options)
-    splits = splits_of(options, role)
-    classes = sizes_of(content["best_net"])["num_classes"]
-    if classes != splits.num_classes:
-        raise UsageError(f"{path} tells {classes} classes apart; {splits.name} has {splits.num_classes}.")
+    trained = Trained(args.path)
+    options = prepare(options_of(trained, args), trained.role)
+    network = trained.network(options)
+    splits = splits_of(options, trained.role)
+    if trained.num_classes != splits.num_classes:
+        known = f"{trained.path} tells {trained.num_classes} classes apart"
+        raise UsageError(f"{known}; {splits.name} has {splits.num_classes}.")
     device = torch.device(options.device)
     network.to(device, memory_format=torch.contiguous_format if as_published(options) else torch.channels_last)
-    unused = {"alpha": 0.0, "beta": 0.0, "temperature": 1.0, "backend": "torch"}
-    task = DistillTask(network, None, method="ce", **unused) if role == "student" else TeacherTask(network)
-    kernels = f", neurons on {kernels_of(options)['lif']}" if role == "student" else ""
-    ranks.say(
-        f"{path}: a {arch_of(vars(options))}{f' over {options.T} time steps' if role == 'student' else ''}, "
-        f"epoch {content['epoch']}; device {device}, amp {options.amp}{kernels}"
-    )
-    feed = Feed(loaders_of(splits, options)[1], device, splits.finish_val)
+    ranks.say(f"{trained.path}: {described(trained, options)}")
+    feed = Feed(val_loader_of(splits, options), device, splits.finish_val)
     begun = time.perf_counter()
-    result = evaluate(task, feed, device=device, amp=options.amp)
-    seconds = time.perf_counter() - begun
-    found = {"checkpoint": str(path), "dataset": splits.name, "samples": len(splits.val), "T": task.time_steps}
-    found |= {name: result[name] for name in ("accuracy", "accuracy_at", "firing_rate")}
+    result = evaluate(task_of(network, trained.role), feed, device=device, amp=options.amp)
+    speed = len(splits.val) / (time.perf_counter() - begun)
+    measured = {name: result[name] for name in ("accuracy", "accuracy_at", "firing_rate")}
+    found = {"checkpoint": str(trained.path), "dataset": splits.name, "samples": len(splits.val), **measured}
     ranks.say(table(found))
-    ranks.say(f"in training: {content['accuracy']:.2%}; {len(splits.val) / seconds:.0f} images/s")
+    ranks.say(f"in training: {trained.accuracy:.2%}; {speed:.0f} images/s")
     if args.json is not None and ranks.first():
         checkpoint.write((json.dumps(found, indent=2) + "\n").encode(), Path(args.json))
     return found
 
 
-def options_of(saved: dict, changes: dict) -> argparse.Namespace:
-    """Options of a run as they are to hold here."""
-    parser = distill_parser() if role_of(saved) == "student" else teacher_parser()
-    # What is newer than the checkpoint has its default, and the device is this machine's.
-    known = vars(parser.parse_args(["--dataset", saved["dataset"]]))
-    merged = {**known, **saved, "device": None, **changes}
-    return argparse.Namespace(**{**merged, **{name: value for name, value in WITHOUT.items() if name in known}})
+def options_of(trained: Trained, args: argparse.Namespace) -> argparse.Namespace:
+    """The run's options as they are to hold here.
+
+    Raises:
+        UsageError: They cannot.
+    """
+    saved = trained.options
+    changes = {name: value for name, value in vars(args).items() if name not in ("path", "json") and value is not None}
+    if "backend" in changes and trained.role == "teacher":
+        raise UsageError(f"--backend is for students; {trained.path} holds a teacher.")
+    if "data_path" not in changes and saved["data_path"] is not None and not Path(saved["data_path"]).exists():
+        raise UsageError(f"--data_path: the run found its data in {saved['data_path']}, which is not here.")
+    # The device is this machine's, and what concerns training must not matter. No teacher is asked for.
+    here = {"device": None, "cuda_graph": False, "accumulate": 1, "train_batch_size": smallest_part(), "method": "ce"}
+    merged = {**saved, **{name: here[name] for name in here if name in saved}, **changes}
+    if merged["amp"] not in AMP:
+        raise UsageError(f"--amp must be one of {', '.join(AMP)}; the run in {trained.path} has {merged['amp']!r}.")
+    return argparse.Namespace(**merged)
+
+
+def task_of(network: torch.nn.Module, role: str) -> DistillTask | TeacherTask:
+    """The task that predicts with a network; nothing is learned from it."""
+    if role == "teacher":
+        return TeacherTask(network)
+    return DistillTask(network, None, method="ce", alpha=0.0, beta=0.0, temperature=1.0, backend="torch")
+
+
+def described(trained: Trained, options: argparse.Namespace) -> str:
+    """What is evaluated, and how."""
+    arch, where = arch_of(trained.options), f"epoch {trained.epoch}; device {options.device}, amp {options.amp}"
+    if trained.role == "teacher":
+        return f"a {arch}, {where}"
+    return f"a {arch} over {options.T} time steps, {where}, neurons on {kernels_of(options)['lif']}"
 
 
 def table(found: dict) -> str:
@@ -96,7 +110,9 @@ def parser() -> argparse.ArgumentParser:
     found = Parser("seal-fast-evaluate", description="Evaluate what a run has trained.", allow_abbrev=False)
     found.add_argument("path", help="the run's folder, or its best.pt")
     found.add_argument("--data_path", help="folder of the dataset (default: as in training)")
-    found.add_argument("--T", type=int, help="time steps (default: as in training)")
+    found.add_argument(
+        "--T", type=int, help="time steps, of events so many frames, which are made and kept (default: as in training)"
+    )
     found.add_argument("--val_batch_size", type=int, help="(default: as in training)")
     found.add_argument("--num_workers", type=int, help="processes that load data (default: as in training)")
     found.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
@@ -108,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `seal-fast-evaluate`; returns the exit code."""
-    return command(parser(), run, argv, left="nothing was changed")
+    return command(parser(), run, argv, left="the run's folder is as it was")
 
 
 if __name__ == "__main__":

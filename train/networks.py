@@ -10,9 +10,8 @@ from torch import nn
 from seal_fast.models import student, teacher
 from seal_fast.train import checkpoint
 from seal_fast.train.errors import UsageError
+from seal_fast.train.options import distill_parser, teacher_parser
 from seal_fast.train.tasks import tau_of
-
-BEST = "best.pt"
 
 
 def role_of(options: dict) -> str:
@@ -32,9 +31,8 @@ def stem_of(dataset: str, arch: str) -> str:
 
 def network_of(args: argparse.Namespace, *, num_classes: int, in_channels: int) -> nn.Module:
     """A network with fresh weights, for a dataset of so many classes and channels."""
-    options = vars(args)
     sizes = {"num_classes": num_classes, "in_channels": in_channels}
-    if role_of(options) == "teacher":
+    if role_of(vars(args)) == "teacher":
         return teacher(args.arch, **sizes, stem=stem_of(args.dataset, args.arch))
     return student(
         args.stu_arch,
@@ -48,54 +46,66 @@ def network_of(args: argparse.Namespace, *, num_classes: int, in_channels: int) 
     )
 
 
-def read(path: str | Path) -> tuple[dict, Path]:
-    """What a run's best.pt holds, and where it lies.
+class Trained:
+    """What a run left of its best epoch.
 
     Args:
-        path: The run's folder, or the file.
+        path: The run's folder, or its best.pt.
+
+    Attributes:
+        path: The file.
+        options: Of the run, resolved; what is newer than the run has its default.
+        role: "student" or "teacher".
+        num_classes, in_channels: Of its network.
+        epoch: Of how many epochs the weights are.
+        accuracy: On the validation part after that epoch.
 
     Raises:
         UsageError: It is no such file.
     """
-    path = Path(path)
-    path = path / BEST if path.is_dir() else path
-    content = checkpoint.load(path)
-    options = content.get("options")
-    whole = {"best_net", "epoch", "accuracy"} <= set(content) and isinstance(options, dict)
-    if not whole or not {"stu_arch", "arch"} & set(options):
-        raise UsageError(f"checkpoint {path} is not the {BEST} of a run: it does not say which network it holds.")
-    return content, path
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        self.path = path / checkpoint.BEST if path.is_dir() else path
+        content = checkpoint.load(self.path)
+        self._weights, options = content.get("best_net"), content.get("options")
+        matrices = checkpoint.matrices_of(self._weights)
+        try:
+            self.role = role_of(options)
+            arch_of(options)
+            parser = distill_parser() if self.role == "student" else teacher_parser()
+            self.options = {**vars(parser.parse_args(["--dataset", options["dataset"]])), **options}
+            self.epoch, self.accuracy = int(content["epoch"]), float(content["accuracy"])
+            # From the stem's to the classifier's.
+            self.num_classes, self.in_channels = matrices[-1].shape[0], matrices[0].shape[1]
+        except (KeyError, TypeError, ValueError, IndexError):
+            what = f"is not the {checkpoint.BEST} of a run: it does not say which network it holds"
+            raise UsageError(f"checkpoint {self.path} {what}.") from None
+
+    def network(self, args: argparse.Namespace) -> nn.Module:
+        """The network in evaluation mode, on the CPU.
+
+        Args:
+            args: The run's options; of a student, T and backend may differ.
+
+        Raises:
+            UsageError: The file does not hold the weights of the network that the options describe.
+        """
+        try:
+            network = network_of(args, num_classes=self.num_classes, in_channels=self.in_channels)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"checkpoint {self.path} holds no network that can be made here: {error}") from error
+        checkpoint.load_into(network, self._weights, self.path, f"a {arch_of(vars(args))}")
+        return network.eval()
 
 
-def sizes_of(weights: dict) -> dict[str, int]:
-    """Classes and input channels of the network whose weights these are, of which the stem's come first."""
-    matrices = [value.shape for value in weights.values() if value.dim() > 1]
-    return {"num_classes": matrices[-1][0], "in_channels": matrices[0][1]}
-
-
-def restored(content: dict, path: Path, args: argparse.Namespace) -> nn.Module:
-    """The network of a best.pt with its weights, in evaluation mode.
-
-    Args:
-        content: What `read` returned.
-        path: Its file, for errors.
-        args: Options of the run; of a student they may name another T or other kernels.
-
-    Raises:
-        UsageError: The file does not hold the weights of the network that its options describe.
-    """
-    weights = content["best_net"]
-    network = network_of(args, **sizes_of(weights))
-    checkpoint.load_into(network, weights, path, f"a {arch_of(vars(args))}")
-    return network.eval()
-
-
-def load(path: str | Path, **changes) -> nn.Module:
+def load(path: str | Path, *, T: int | None = None, backend: str | None = None) -> nn.Module:
     """The network of a run, with the weights of its best epoch, on the CPU and in evaluation mode.
 
     Args:
         path: The run's folder, or its best.pt.
-        changes: Options of a student's run that are to differ, such as T or backend.
+        T: Time steps of a student, instead of those of its training.
+        backend: Kernels of a student, instead of those of its training.
 
     Returns:
         A student: images [B, C, H, W] or events [T, B, C, H, W] -> logits [T, B, K]; or a teacher: images [B, C, H, W]
@@ -103,9 +113,10 @@ def load(path: str | Path, **changes) -> nn.Module:
 
     Raises:
         UsageError: The file is missing, or none that a run of these trainers wrote.
+        ValueError: A teacher has neither T nor backend.
     """
-    content, path = read(path)
-    unknown = sorted(set(changes) - set(content["options"]))
-    if unknown:
-        raise TypeError(f"the run in {path} has no option {unknown[0]!r}.")
-    return restored(content, path, argparse.Namespace(**{**content["options"], **changes}))
+    trained = Trained(path)
+    changes = {name: value for name, value in {"T": T, "backend": backend}.items() if value is not None}
+    if changes and trained.role == "teacher":
+        raise ValueError(f"{next(iter(changes))} is for students; {trained.path} holds a teacher.")
+    return trained.network(argparse.Namespace(**{**trained.options, **changes}))

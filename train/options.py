@@ -12,7 +12,7 @@ import torch
 from seal_fast.backends import BACKENDS, available
 from seal_fast.backends import resolve as resolve_backend
 from seal_fast.models import STUDENTS, TEACHERS
-from seal_fast.train import data, ranks
+from seal_fast.train import checkpoint, data, ranks
 from seal_fast.train.errors import UsageError
 
 METHODS = ("seal", "ela", "sta", "kd", "tdkd", "ce")
@@ -331,7 +331,7 @@ def _check_student(args: argparse.Namespace) -> None:
         )
     path = Path(args.tea_path)
     if path.is_dir():
-        path = path / "best.pt"
+        path = path / checkpoint.BEST
     if not path.is_file():
         raise UsageError(f"--tea_path: there is no teacher checkpoint at {path}.")
     args.tea_path = str(path)

@@ -50,27 +50,33 @@ def loaders_of(
             f"{splits.name} needs at least {smallest_part()} training images; "
             f"{args.data_path} holds {len(splits.train)}."
         )
-    shared = {
-        "num_workers": args.num_workers,
-        "pin_memory": torch.device(args.device).type == "cuda",
-        "worker_init_fn": functools.partial(leave_to_trainer, (signals or Signals()).training),
-        "generator": torch.Generator(),  # else each epoch's loader would draw from the global one
-    }
-    among = {"rank": ranks.rank(), "ranks": ranks.size()}
     train = Batches(
         len(splits.train),
         args.train_batch_size,
         seed=args.seed,
         parts=args.accumulate,
         smallest=smallest_part(),
-        **among,
+        rank=ranks.rank(),
+        ranks=ranks.size(),
     )
-    val = Batches(len(splits.val), args.val_batch_size, **among)
-    return (
-        # Its processes stay over the epochs: each sample brings its own seed.
-        DataLoader(Seeded(splits.train), batch_sampler=train, persistent_workers=args.num_workers > 0, **shared),
-        DataLoader(Seeded(splits.val), batch_sampler=val, **shared),
-    )
+    # Its processes stay over the epochs: each sample brings its own seed.
+    shared = {**_loading(args, signals), "persistent_workers": args.num_workers > 0}
+    return DataLoader(Seeded(splits.train), batch_sampler=train, **shared), val_loader_of(splits, args, signals)
+
+
+def val_loader_of(splits: data.Splits, args: argparse.Namespace, signals: Signals | None = None) -> DataLoader:
+    """The loader of the validation part."""
+    val = Batches(len(splits.val), args.val_batch_size, rank=ranks.rank(), ranks=ranks.size())
+    return DataLoader(Seeded(splits.val), batch_sampler=val, **_loading(args, signals))
+
+
+def _loading(args: argparse.Namespace, signals: Signals | None) -> dict:
+    return {
+        "num_workers": args.num_workers,
+        "pin_memory": torch.device(args.device).type == "cuda",
+        "worker_init_fn": functools.partial(leave_to_trainer, (signals or Signals()).training),
+        "generator": torch.Generator(),  # else each epoch's loader would draw from the global one
+    }
 
 
 def prepare(args: argparse.Namespace, role: str) -> argparse.Namespace:
@@ -154,7 +160,7 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
                 measured = {name: result[name] for name in ("accuracy", "accuracy_at", "firing_rate")}
                 state.best = {"epoch": epoch, **measured}
                 content = {"best_net": task.network.state_dict(), "options": vars(args), **state.best}
-                ranks.from_first(checkpoint.save, content, run.folder / "best.pt")
+                ranks.from_first(checkpoint.save, content, run.folder / checkpoint.BEST)
             save(0, None)
             ranks.from_first(log.plot, result["raster"], at_once=epoch == args.num_epoch)
             keeper.after_epoch()

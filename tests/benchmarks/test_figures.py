@@ -20,8 +20,8 @@ def test_spread_leaves_out_the_outer_tenths(rounds):
 
 
 def test_few_rounds_lie_all_in_the_spread():
-    assert figure([3.0, 1.0, 2.0]) == (2, 1, 3)
-    assert figure([float(value) for value in range(1, 21)]) == (10.5, 3, 18)
+    assert figure([3.0, 1.0, 2.0]) == (2, 1, 3, 3)
+    assert figure([float(value) for value in range(1, 21)]) == (10.5, 3, 18, 20)
 
 
 @given(st.lists(st.tuples(POSITIVE, POSITIVE, st.sampled_from([0.25, 1.0, 8.0])), min_size=1, max_size=30))
@@ -32,31 +32,32 @@ def test_what_slows_both_of_a_round_leaves_no_trace(rounds):
 
 
 def test_ratio_is_of_the_same_round_and_scaled():
-    assert ratio([1.0, 6.0, 4.0], [1.0, 2.0, 2.0], 10.0) == (20, 10, 30)
+    assert ratio([1.0, 6.0, 4.0], [1.0, 2.0, 2.0], 10.0) == (20, 10, 30, 3)
     with pytest.raises(ValueError, match="longer"):
         ratio([1.0], [1.0, 2.0])
 
 
 def test_shown():
-    assert Figure(1.5, 0.25, 12.0).shown("7.2f", 2.0) == "   3.00 (0.50 to 24.00)"
-    assert Figure(1.5, 0.25, 12.0).inverse().shown(".2f", 3.0) == "2.00 (0.25 to 12.00)"
+    assert Figure(1.5, 0.25, 12.0, 9).shown("7.2f", 2.0) == "   3.00 (0.50 to 24.00)"
+    assert Figure(1.5, 0.25, 12.0, 9).inverse().shown(".2f", 3.0) == "2.00 (0.25 to 12.00)"
 
 
 @given(st.floats(-1, 3), POSITIVE, st.floats(1, 2), st.integers(2, 9))
 def test_exponent_of_a_power(power, factor, spread, count):
     exact = {2.0**size: factor * 2.0 ** (size * power) for size in range(count)}
-    found = exponent({size: Figure(time, time / spread, time * spread) for size, time in exact.items()})
+    found = exponent({size: Figure(time, time / spread, time * spread, 3) for size, time in exact.items()})
     assert found.median == pytest.approx(power, abs=1e-9)  # measured 1e-13
     upper = sorted(exact)[-max(2, (count + 1) // 2) :]
     # Times that grow as fast as their spread lets them, between the ends of the fit.
     steeper = {
         size: exact[size] * spread ** (-1 if size == upper[0] else 1 if size == upper[-1] else 0) for size in exact
     }
-    steep = exponent({size: Figure(time, time, time) for size, time in steeper.items()}).median
+    steep = exponent({size: figure([time]) for size, time in steeper.items()}).median
     assert found.low <= 2 * power - steep + 1e-9
     assert found.high >= steep - 1e-9
 
 
 def test_exponent_is_that_of_the_larger_half():
     times = {1: 1.0, 2: 1.0, 4: 1.0, 8: 4.0, 16: 16.0, 32: 64.0, 64: 256.0}
-    assert exponent({size: Figure(time, time, time) for size, time in times.items()}) == pytest.approx((2, 2, 2))
+    found = exponent({size: figure([time] * (5 - size // 32)) for size, time in times.items()})
+    assert found == pytest.approx((2, 2, 2, 3))

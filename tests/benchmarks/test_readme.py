@@ -82,9 +82,11 @@ def test_growth():
     for row in TABLE:
         if (row["benchmark"], row["quantity"]) == ("scaling", "time"):
             study, size = row["group"].split(": ")
-            times.setdefault(study, {}).setdefault(row["contestant"], {})[float(size)] = tables.figure(row)
+            times.setdefault(study, {}).setdefault(row["contestant"], {})[float(size)] = tables.figure_of(row)
     names = {"LIF": "lif", "loss": "seal_loss", "batch": "B", "channels": "C"}
     assert len(shown) == len(times)
+    (one_step,) = [row for row in TABLE if (row["group"], row["quantity"]) == ("blocks over T: 1", "time_of_first")]
+    assert f"({one_step['value']:.2f} times the published speed)" in text
     for study, *exponents in shown:
         contestants = times[" ".join(names.get(word, word) for word in study.split())]
         assert exponents == [f"{exponent(points).median:.2f}" for points in contestants.values()], study

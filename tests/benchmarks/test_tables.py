@@ -8,6 +8,7 @@ ROW = {
     "benchmark": "lif",
     "group": "lif both, T 4",
     "contestant": "a, b",
+    "first": "c",
     "quantity": "time",
     "value": 0.25,
     "low": 0.125,
@@ -22,11 +23,11 @@ ROW = {
 
 
 def test_rows_come_back(tmp_path):
-    rows = [ROW, {**ROW, "quantity": "kept_bytes", "value": 12.0, "low": None, "high": None}]
+    rows = [ROW, {**ROW, "quantity": "kept_bytes", "value": 12.0, "low": None, "high": None, "rounds": None}]
     tables.write(tmp_path / "a" / "b.csv", rows)
-    assert tables.read(tmp_path / "a" / "b.csv") == [{**row, "rounds": "3"} for row in rows]
-    assert tables.find(rows, "lif", "lif both", "a, b", "time") == (0.25, 0.125, 0.5)
-    assert tables.find(rows, "lif", "lif both", "a, b", "kept_bytes") == (12, None, None)
+    assert tables.read(tmp_path / "a" / "b.csv") == rows
+    assert tables.find(rows, "lif", "lif both", "a, b", "time") == (0.25, 0.125, 0.5, 3)
+    assert tables.find(rows, "lif", "lif both", "a, b", "kept_bytes") == (12, None, None, None)
     with pytest.raises(LookupError, match="0 rows for lif, lif both, nobody, time"):
         tables.find(rows, "lif", "lif both", "nobody", "time")
 
@@ -38,6 +39,14 @@ def test_runs_differ_where_their_spreads_lie_apart(low, high, differs):
     assert compared == 1
     assert bool(found) == differs
     assert tables.differences([ROW], [other], "1") == ([], 0)
+
+
+def test_ratios_to_another_first_are_not_compared():
+    ratio = {**ROW, "quantity": "time_of_first", "unit": "1"}
+    apart = {**ratio, "low": 5.0, "high": 6.0}
+    assert tables.differences([ratio], [apart], "1")[1] == 1
+    assert tables.differences([ratio], [{**apart, "first": "d"}], "1") == ([], 0)
+    assert tables.differences([ROW], [{**ROW, "first": "d"}], "s") == ([], 1)
 
 
 def test_command_compares(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """A run's best network is loaded again, and evaluated as its training did."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import seal_fast.train
 from seal_fast.models import STUDENTS, TEACHERS, student, teacher
 from seal_fast.train import distill, evaluate
 from seal_fast.train import teacher as teacher_trainer
+from seal_fast.train.networks import Trained
+from seal_fast.train.options import resolve
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -33,36 +36,48 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_evaluation_finds_what_training_found(role, runs, tmp_path, capsys):
-    trained = runs[role]
+    trained, spiking = runs[role], role == "student"
     path = tmp_path / "figures.json"
     assert evaluate.main([str(trained["folder"]), "--json", str(path)]) == 0
     found = json.loads(path.read_text(encoding="utf-8"))
     for name in ("accuracy", "accuracy_at"):
         assert found[name] == trained[name]
     assert found["firing_rate"] == pytest.approx(trained["firing_rate"], rel=1e-12)  # sums of whole numbers
-    assert (found["dataset"], found["samples"], found["T"]) == ("DIGITS", 360, 2 if role == "student" else 1)
+    assert (found["dataset"], found["samples"], len(found["accuracy_at"])) == ("DIGITS", 360, 2 if spiking else 1)
     output = capsys.readouterr().out
     assert f"{trained['folder']}/best.pt: a resnet8" in output
     assert f"in training: {trained['accuracy']:.2%}" in output
-    assert ("mean of layers" in output) == (role == "student")
-    for accuracy in trained["accuracy_at"]:
-        assert f" {accuracy:.2%}" in output
+    assert ("mean of layers" in output) == spiking
+    assert output.splitlines()[2].split() == [f"{accuracy:.2%}" for accuracy in trained["accuracy_at"]]
 
 
-def test_script_runs(runs):
-    words = [sys.executable, "train/evaluate.py", str(runs["student"]["folder"])]
-    result = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+def test_script_runs_on_two_ranks(runs, tmp_path):
+    path, trained = tmp_path / "figures.json", runs["student"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train/evaluate.py"]
+    words += [str(trained["folder"]), "--json", str(path)]
+    result = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
-    assert "accuracy on 360 validation samples of DIGITS" in result.stdout
+    assert result.stdout.count("accuracy on 360 validation samples of DIGITS") == 1
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["accuracy_at"] == trained["accuracy_at"]
 
 
-def test_steps_kernels_and_precision_may_differ(runs):
-    folder, changes = runs["student"]["folder"], "--T 5 --backend torch --amp off --val_batch_size 50"
-    options = evaluate.parser().parse_args([str(folder), *changes.split()])
-    found = evaluate.run(options)
-    assert found["T"] == len(found["accuracy_at"]) == 5
-    # The first two steps are those of training, whose arithmetic differed in its rounding alone.
-    assert found["accuracy_at"][:2] == pytest.approx(runs["student"]["accuracy_at"], abs=0.02)
+def test_steps_kernels_and_precision_may_differ(runs, capsys):
+    folder = runs["student"]["folder"]
+    assert evaluate.main([str(folder), *["--T", "5", "--backend", "torch", "--amp", "off"]]) == 0
+    first, title, *_ = capsys.readouterr().out.splitlines()
+    assert first.endswith("a resnet8 over 5 time steps, epoch 1; device cpu, amp off, neurons on torch")
+    assert title.endswith("t = 5")
+    options = evaluate.parser().parse_args([str(folder), "--val_batch_size", "50"])
+    found = evaluate.options_of(Trained(folder), options)
+    assert (found.val_batch_size, found.T, found.decay) == (50, 2, 0.25)
+
+
+@pytest.mark.parametrize("ranks", ["1", "80"])
+def test_batches_of_training_do_not_matter(ranks, runs, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    found = evaluate.options_of(Trained(runs["student"]["folder"]), evaluate.parser().parse_args(["-"]))
+    assert resolve(found, role="student").accumulate == 1
 
 
 def test_loaded_network_is_the_trained_one(runs):
@@ -75,7 +90,10 @@ def test_loaded_network_is_the_trained_one(runs):
     with torch.no_grad():
         assert torch.equal(network(images), expected.eval()(images))
         assert seal_fast.train.load(folder / "best.pt", T=3)(images).shape == (3, 3, 10)
-    assert not seal_fast.train.load(runs["teacher"]["folder"]).training
+    taught = runs["teacher"]["folder"]
+    assert not seal_fast.train.load(taught).training
+    with pytest.raises(ValueError, match=r"T is for students; .*best\.pt holds a teacher\."):
+        seal_fast.train.load(taught, T=3)
 
 
 @pytest.mark.parametrize("arch", [*STUDENTS, *TEACHERS])
@@ -83,8 +101,8 @@ def test_every_architecture_is_loaded(arch, tmp_path):
     sizes = {"num_classes": 7, "in_channels": 2}
     if arch in STUDENTS:
         network = student(arch, **sizes)
-        options = {"stu_arch": arch, "T": 4, "decay": 0.5, "thresh": 1.0, "v_reset": 0.0, "detach_reset": False}
-        options["backend"] = "auto"
+        # What options have come since has its default.
+        options = {"stu_arch": arch, "T": 4, "decay": 0.5, "v_reset": 0.0}
     else:
         network = teacher(arch, **sizes)
         options = {"arch": arch}
@@ -96,34 +114,70 @@ def test_every_architecture_is_loaded(arch, tmp_path):
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-def test_what_is_no_run_is_refused(runs, tmp_path, capsys):
-    def sentence(*words):
-        assert evaluate.main([str(word) for word in words]) == 2
-        (line,) = capsys.readouterr().err.strip().splitlines()
-        return line
+def sentence(capsys, *words):
+    """The one line of an evaluation that is refused."""
+    assert evaluate.main([str(word) for word in words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
 
+
+UNKNOWN = "does not say which network it holds"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"options": None}, UNKNOWN),
+        ({"options": {"dataset": "DIGITS"}}, UNKNOWN),
+        ({"options": {"stu_arch": "resnet8"}}, UNKNOWN),
+        ({"accuracy": "high"}, UNKNOWN),
+        ({"epoch": None}, UNKNOWN),
+        ({"best_net": [1, 2]}, UNKNOWN),
+        ({"best_net": {"a": 1}}, UNKNOWN),
+        ({"best_net": {}}, UNKNOWN),
+        ({"best_net": {"a": torch.zeros(3, 4)}}, "does not hold a resnet8"),
+    ],
+)
+def test_what_is_no_run_is_refused(changes, expected, runs, tmp_path, capsys):
     content = torch.load(runs["student"]["folder"] / "best.pt", weights_only=True)
+    torch.save({**content, **changes}, tmp_path / "best.pt")
+    assert expected in sentence(capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("stu_arch", "resnet18", "does not hold a resnet18"),
+        ("stu_arch", "resnet20", "arch of a student must be one of .*; got 'resnet20'"),
+        ("dataset", "MNIST", "--dataset must be one of .*; got 'MNIST'"),
+        ("amp", "bf8", "--amp must be one of auto, off, bf16, fp16; .* has 'bf8'"),
+        ("backend", "abacus", "--backend: .*abacus"),
+        ("data_path", "/nowhere", "--data_path: the run found its data in /nowhere, which is not here"),
+    ],
+)
+def test_options_that_cannot_hold_here_are_refused(option, value, expected, runs, tmp_path, capsys):
+    content = torch.load(runs["student"]["folder"] / "best.pt", weights_only=True)
+    content["options"][option] = value
+    torch.save(content, tmp_path / "best.pt")
+    assert re.search(expected, sentence(capsys, tmp_path))
+
+
+def test_mistakes_of_the_command_are_told(runs, tmp_path, capsys):
+    folder = runs["student"]["folder"]
+    assert f"there is no checkpoint at {tmp_path}/best.pt" in sentence(capsys, tmp_path)
+    assert "--T must be at least 1; got 0" in sentence(capsys, folder, "--T", 0)
+    assert "--device 'warp' cannot be used" in sentence(capsys, folder, "--device", "warp")
+    assert "--backend is for students" in sentence(capsys, runs["teacher"]["folder"], "--backend", "torch")
+    content = torch.load(folder / "best.pt", weights_only=True)
     weights = content["best_net"]
     classifier = list(weights)[-2:]  # its matrix and its bias
-    for name, changes in {
-        "bare": {"options": None},
-        "other": {"options": {**content["options"], "stu_arch": "resnet18"}},
-        "fewer": {"best_net": {**weights, **{name: weights[name][:4] for name in classifier}}},
-    }.items():
-        torch.save({**content, **changes}, tmp_path / name)
-    assert f"there is no checkpoint at {tmp_path}/best.pt" in sentence(tmp_path)
-    assert "does not say which network it holds" in sentence(tmp_path / "bare")
-    assert "does not hold a resnet18" in sentence(tmp_path / "other")
-    assert "tells 4 classes apart; DIGITS has 10" in sentence(tmp_path / "fewer")
-    folder = runs["student"]["folder"]
-    assert "--T must be at least 1; got 0" in sentence(folder, "--T", 0)
-    assert "--device 'warp' cannot be used" in sentence(folder, "--device", "warp")
-    with pytest.raises(TypeError, match="no option 'steps'"):
-        seal_fast.train.load(folder, steps=3)
+    fewer = {**content, "best_net": {**weights, **{name: weights[name][:4] for name in classifier}}}
+    torch.save(fewer, tmp_path / "fewer.pt")
+    assert "tells 4 classes apart; DIGITS has 10" in sentence(capsys, tmp_path / "fewer.pt")
 
 
 def test_figures_that_cannot_be_written(runs, tmp_path, capsys):
     missing = tmp_path / "no" / "figures.json"
     assert evaluate.main([str(runs["teacher"]["folder"]), "--json", str(missing)]) == 1
     error = capsys.readouterr().err
-    assert error == f"seal-fast-evaluate: error: No such file or directory: {missing}; nothing was changed.\n"
+    assert error == f"seal-fast-evaluate: error: No such file or directory: {missing}; the run's folder is as it was.\n"
