@@ -59,7 +59,8 @@ def test_script_runs_on_two_ranks(runs, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("accuracy on 360 validation samples of DIGITS") == 1
     found = json.loads(path.read_text(encoding="utf-8"))
-    assert found["accuracy_at"] == trained["accuracy_at"]
+    # Other batches, so other sums in the convolutions: measured equal, three images are allowed for.
+    assert found["accuracy_at"] == pytest.approx(trained["accuracy_at"], abs=3.5 / 360)
 
 
 def test_steps_kernels_and_precision_may_differ(runs, capsys):
@@ -84,7 +85,8 @@ def test_loaded_network_is_the_trained_one(runs):
     folder = runs["student"]["folder"]
     network = seal_fast.train.load(folder, backend="torch")
     assert not network.training
-    expected = student("resnet8", num_classes=10, in_channels=1, time_steps=2, tau=4 / 3, v_threshold=0.8, v_reset=None)
+    options = {"time_steps": 2, "tau": 4 / 3, "v_threshold": 0.8, "v_reset": None, "backend": "torch"}
+    expected = student("resnet8", num_classes=10, in_channels=1, **options)
     expected.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["best_net"])
     images = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
