@@ -115,8 +115,7 @@ def require_match(network: nn.Module, state: object, path: Path, what: str) -> N
     Raises:
         UsageError: They are not.
     """
-    named = isinstance(state, dict) and all(_is_entry(name, value) for name, value in state.items())
-    mismatch = _mismatch(network.state_dict(), state) if named else "it is no state dict"
+    mismatch = _mismatch(network.state_dict(), state) if _is_state_dict(state) else "it is no state dict"
     if mismatch:
         raise UsageError(f"checkpoint {path} does not hold {what}: {mismatch}.")
 
@@ -129,7 +128,7 @@ def load_teacher(path: Path, arch: str, *, num_classes: int, in_channels: int, s
     """
     content = load(path)
     state = content.get("best_net", content)
-    if not (isinstance(state, dict) and all(_is_entry(name, value) for name, value in state.items())):
+    if not _is_state_dict(state):
         raise UsageError(f"checkpoint {path} holds no teacher: expected {{'best_net': state_dict}}.")
     # DataParallel puts every module under the name "module".
     state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -144,12 +143,13 @@ def load_teacher(path: Path, arch: str, *, num_classes: int, in_channels: int, s
 
 def matrices_of(state: object) -> list[torch.Tensor]:
     """The weights of two dimensions or more in a state dict; none in what is no state dict."""
-    named = isinstance(state, dict) and all(_is_entry(name, value) for name, value in state.items())
-    return [value for value in state.values() if value.dim() > 1] if named else []
+    return [value for value in state.values() if value.dim() > 1] if _is_state_dict(state) else []
 
 
-def _is_entry(name: object, value: object) -> bool:
-    return isinstance(name, str) and isinstance(value, torch.Tensor)
+def _is_state_dict(state: object) -> bool:
+    if not isinstance(state, dict):
+        return False
+    return all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
 
 
 def _fits(arch: str, state: dict, num_classes: int, in_channels: int) -> bool:

@@ -13,6 +13,7 @@ import cpu
 import gpu
 import steps
 import tables
+from training import CONTESTANTS, FLOORS
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,14 +79,30 @@ def test_training_step_is_raced(tiny):
     assert set(of(table, "train", "time_of_first")[group]) == set(times) - {"published, eager"}
     assert set(of(table, "train", "time_of_floor")[group]) == set(times) - floors
     assert set(of(table, "train", "kept_bytes_per_neuron_step")[group]) == set(times) - floors
+    for contestant in times:
+        relative = {"time_of_first": "published, eager", "time_of_floor": FLOORS[CONTESTANTS[contestant][1]]}
+        for quantity, other in relative.items():
+            if contestant != other:
+                own, reference = (tables.find(table, "train", group, name, "time") for name in (contestant, other))
+                found = tables.find(table, "train", group, contestant, quantity)
+                # Of fewer than ten rounds all lie in the spread, so that the ratio of each is within these bounds.
+                assert own.rounds < 10
+                assert found.low >= own.low / reference.high * (1 - 1e-4)
+                assert found.high <= own.high / reference.low * (1 + 1e-4)
 
 
 def test_parts_of_a_step_are_timed(tiny):
     _, _, table = tiny
     ((group, times),) = of(table, "parts").items()
     assert set(times) == {"published, eager", "ours, float32", "ours, bfloat16"}
-    for part in ("convolutions", "teacher", "loss", "rest", "data_wait"):
-        assert set(of(table, "parts", f"{part}_seconds")[group]) == set(times)
+    for contestant in times:
+        names = ("time", "convolutions_seconds", "teacher_seconds", "loss_seconds", "rest_seconds")
+        step, *parts, rest = (tables.find(table, "parts", group, contestant, name) for name in names)
+        # The rest is what is left of each round, and all of them lie in the spread.
+        assert step.rounds < 10
+        assert rest.low >= step.low - sum(part.high for part in parts) - 1e-4 * step.high
+        assert rest.high <= step.high - sum(part.low for part in parts) + 1e-4 * step.high
+    assert set(of(table, "parts", "data_wait_seconds")[group]) == set(times)
 
 
 def test_plots_are_drawn(tiny):
