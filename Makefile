@@ -1,7 +1,7 @@
 # make demo: train and distil on handwritten digits.   make test: run the tests.   make bench: measure.   make lint: style.
 # make test-oldest: the same tests with the oldest versions that are supported, in .venv-oldest.
 # These make their own virtual environment first. PYTHON chooses the interpreter, 3.10 or newer.
-# make gpu: all that needs a GPU, with the Python that is active.
+# make gpu: all that needs a GPU, with the Python that is active; make gpu-kernels compiles its kernels beforehand.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ CONSTRAINTS ?=
 BIN := $(VENV)/bin
 NATIVE := $(wildcard kernels/*/*.cpp kernels/*/*.h kernels/*/*.cuh)
 
-.PHONY: demo test test-oldest long gpu bench lint clean
+.PHONY: demo test test-oldest long gpu gpu-kernels bench lint clean
 
 demo: $(VENV)/.train
 	@echo "==> A teacher and three spiking students on handwritten digits, on the GPU if there is one."
@@ -27,10 +27,16 @@ long: $(VENV)/.test
 	@echo "==> The longer sweeps."
 	$(BIN)/python -m pytest -m long
 
-# With the Python that is active: it has the torch that fits the GPU, and nothing is fetched.
+# With the Python that is active: it has the torch that fits the GPU, and nothing is fetched. ARGUMENTS="--stages smoke"
+# and the like: see benchmarks/gpu/__main__.py.
 gpu:
-	@echo "==> Tests, compute-sanitizer and benchmarks on the GPU, in less than ten minutes."
-	$(PYTHON) benchmarks/gpu.py
+	@echo "==> What a GPU is asked: errors, tests, times, training steps, compute-sanitizer; nine minutes."
+	PYTHONPATH=benchmarks $(PYTHON) -m gpu $(ARGUMENTS)
+
+# Without a GPU, for one where time is short: with the versions of torch, Triton and CuPy that its machine has.
+gpu-kernels:
+	@echo "==> Compiling the kernels that make gpu starts, into build/gpu-kernels.tar.xz."
+	PYTHONPATH=benchmarks $(PYTHON) -m gpu.prebuilt $(ARGUMENTS)
 
 bench: $(VENV)/.test
 	@echo "==> Tests of what is timed, then benchmarks; under ten minutes on two idle cores."

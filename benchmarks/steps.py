@@ -1,4 +1,4 @@
-"""Steps of `make bench` and `make gpu`: commands with a limit, and what is written at the end."""
+"""Steps of `make bench`: commands with a limit, and what is written at the end."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import tables
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(name: str, command: list[str], limit: float, **environment: str) -> dict:
+def run(name: str, command: list[str], limit: float) -> dict:
     """Run a step and show its output: how it ended, and how long it took."""
     print(f"\n==> {name}: {' '.join(command)}", flush=True)
     start = time.monotonic()
     # A worker of pytest-xdist may have started this; pytest-benchmark would take itself for one, and measure nothing.
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
-    process = subprocess.Popen(command, cwd=ROOT, env={**inherited, **environment})
+    process = subprocess.Popen(command, cwd=ROOT, env=inherited)
     try:
         code = process.wait(limit)
     except subprocess.TimeoutExpired:

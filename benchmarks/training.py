@@ -125,10 +125,15 @@ class Step:
 # What a user of seal_fast gets: the networks, the task and the optimiser as the trainers set them up.
 
 
-def make_student(case: Case, device: torch.device) -> nn.Module:
+def make_student(case: Case, device: torch.device, backend: str = "auto") -> nn.Module:
     """The student, channels_last."""
     student = seal_fast.models.student(
-        case.student, num_classes=case.num_classes, in_channels=case.channels, time_steps=case.T, tau=case.tau
+        case.student,
+        num_classes=case.num_classes,
+        in_channels=case.channels,
+        time_steps=case.T,
+        tau=case.tau,
+        backend=backend,
     )
     return student.to(device=device, memory_format=torch.channels_last)
 

@@ -1,17 +1,13 @@
 """The benchmarks run, in their smallest sizes, and say what they should."""
 
-import os
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 
 import cpu
-import gpu
-import steps
 import tables
 from training import CONTESTANTS, FLOORS
 
@@ -120,80 +116,3 @@ def test_nothing_is_timed_after_a_failed_test(tmp_path, monkeypatch, capsys):
     assert "nothing is timed, because a test failed" in output
     assert "FAILED  tests" in output
     assert not list(tmp_path.glob("*.csv"))
-
-
-def test_gpu_command_collects_what_it_times(tmp_path, monkeypatch):
-    """Its benchmarks with another version of SpikingJelly, and its table; on any device."""
-    other = tmp_path / "other"
-    (other / "spikingjelly-0.9.dist-info").mkdir(parents=True)
-    (other / "spikingjelly-0.9.dist-info" / "METADATA").write_text(
-        "Name: spikingjelly\nVersion: 0.9\n", encoding="utf-8"
-    )
-    monkeypatch.setenv("SPIKINGJELLY", str(other))
-    chosen = "cifar100 and both and not compile"
-    files = ["benchmarks/bench_seal_loss.py", "--tiny"]
-    steps, contents = gpu.benchmark(tmp_path, "benchmarks", files, chosen, f"{chosen} and seal-fast", 300)
-    assert [step["passed"] for step in steps] == [True, True]
-    assert gpu.finish([*steps, {"step": "tests", "passed": False, "seconds": 1.5}], contents, tmp_path / "results") == 1
-    (path,) = (tmp_path / "results").glob("*.csv")
-    table = tables.read(path)
-    group = "seal_loss both, cifar100 [4, 2, 8]"
-    times = of(table, "seal_loss")
-    assert set(times) == {group, f"{group} (SpikingJelly 0.9)"}
-    assert "published, eager" in times[group]
-    assert set(times[f"{group} (SpikingJelly 0.9)"]) < set(times[group])
-    assert of(table, "checks", "passed") == {"benchmarks": {"": 1}, f"benchmarks {other}": {"": 1}, "tests": {"": 0}}
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_gpu_command_runs_its_steps(fails, tmp_path, monkeypatch, capfd):
-    """All but the GPU: tests are collected, kernels run in Triton's interpreter, benchmarks are tiny."""
-    sanitizer = tmp_path / "compute-sanitizer"
-    runs = "exit 1" if fails else 'shift 2; exec "$@"'
-    sanitizer.write_text(f'#!/bin/sh\ncase "$1" in *memcheck) {runs};; esac\n', encoding="utf-8")
-    sanitizer.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setenv("OUT", str(tmp_path / "results"))
-    monkeypatch.delenv("SPIKINGJELLY", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    expressions = {"benchmarks": "cifar100 and both", "training": "resnet18-cifar and packed"}
-
-    def small(name, command, _limit, **environment):
-        if name == "tests":
-            command = [*command, "--collect-only", "-q"]
-        elif name in expressions:
-            place = command.index("-k") + 1
-            chosen = [f"({expression})" for expression in (command[place], expressions[name]) if expression]
-            command = [*command[:place], " and ".join(chosen), *command[place + 1 :], "--tiny"]
-        else:
-            environment["TRITON_INTERPRET"] = "1"
-        return steps.run(name, command, 500, **environment)
-
-    monkeypatch.setattr(gpu, "run", small)
-    assert gpu.main([]) == (1 if fails else 0)
-    output = capfd.readouterr().out
-    assert "tests/kernels/test_lif_gpu.py" in output
-    assert ("every kernel ran" in output) != fails
-    assert ("nothing is timed, because a check failed" in output) == fails
-    names = ("tests", "memcheck", "racecheck", *([] if fails else expressions))
-    for name in names:
-        assert f"{'FAILED' if fails and name == 'memcheck' else 'passed'}  {name}  " in output
-    files = list((tmp_path / "results").glob("*.csv"))
-    if fails:
-        assert not files
-    else:
-        table = tables.read(files[0])
-        assert {row["benchmark"] for row in table} >= {"seal_loss", "train", "checks"}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu itself runs where there is a GPU")
-def test_gpu_command_says_what_it_needs():
-    result = run("benchmarks/gpu.py")
-    assert result.returncode == 2
-    assert "needs an NVIDIA GPU" in result.stdout
-
-
-def test_gpu_command_says_which_steps_it_has():
-    result = run("benchmarks/gpu.py", "trainings")
-    assert result.returncode == 2
-    assert result.stdout == "steps are tests, sanitizer, benchmarks, training; got 'trainings'.\n"

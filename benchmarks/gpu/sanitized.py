@@ -1,11 +1,15 @@
-"""A call of every GPU kernel, small and of awkward sizes, for compute-sanitizer to watch."""
+"""Small calls of awkward sizes of every kernel of an operator, for compute-sanitizer to watch.
+
+python -m gpu.sanitized OPERATOR BACKEND
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
 import seal_fast
-from seal_fast.backends import available
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there with TRITON_INTERPRET=1
 
@@ -25,7 +29,7 @@ def lif(backend: str) -> None:
                 assert packed.shape[0] == shape[0]
 
 
-def layer(backend: str) -> None:
+def bn_lif(backend: str) -> None:
     """A layer with batch norm and residual, and spikes as bits: each dtype, both memory layouts, static and not."""
     node = seal_fast.nn.LIFNode(backend=backend)
     for dtype in (torch.float32, torch.bfloat16):
@@ -45,7 +49,7 @@ def layer(backend: str) -> None:
                     out.backward()
 
 
-def loss(backend: str) -> None:
+def seal_loss(backend: str) -> None:
     """Loss, gradient and weights: each dtype, on the chip and in two sweeps."""
     for dtype in (torch.float32, torch.bfloat16):
         for T, B, K in ((4, 9, 10), (1, 2, 3), (4, 3, 1001), (3, 2, 32768)):
@@ -60,13 +64,10 @@ def loss(backend: str) -> None:
             seal_fast.selective_alignment_weights(logits, backend=backend)
 
 
+OPERATORS = {function.__name__: function for function in (lif, bn_lif, seal_loss)}
+
 if __name__ == "__main__":
-    for name in ("triton", "cupy"):
-        if name in available("lif"):
-            lif(name)
-            layer(name)
-        if name in available("seal_loss"):
-            loss(name)
+    OPERATORS[sys.argv[1]](sys.argv[2])
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")

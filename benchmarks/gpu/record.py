@@ -1,0 +1,68 @@
+"""What a stage finds out, written as it is found: a JSON object a line, so that nothing waits for a stage to end well.
+
+A stage is a process that is told by its environment where to write (RESULTS) and how long to time a thing (SECONDS).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
+RESULTS, SECONDS = "SEAL_FAST_GPU_RESULTS", "SEAL_FAST_GPU_SECONDS"
+# After such an error, every call of CUDA in the process fails.
+STICKY = ("CUDA error", "CUDA_ERROR", "cudaError", "illegal memory access", "device-side assert", "unspecified launch")
+
+
+def write(**entry) -> None:
+    """Add a line to the results, or print it where there is no file for them."""
+    line = json.dumps(entry, default=str) + "\n"
+    path = os.environ.get(RESULTS)
+    if path is None:
+        sys.stdout.write(line)
+        return
+    with open(path, "a", encoding="utf-8") as file:  # one write: lines of several processes do not mix
+        file.write(line)
+
+
+def seconds(normal: float) -> float:
+    """How long to time a thing: `normal`, or what the environment says."""
+    return float(os.environ.get(SECONDS, normal))
+
+
+def rehearsing() -> bool:
+    """Whether nothing is timed: sizes that the kernels do not depend on, as that of the batch, may be small then."""
+    return seconds(1) == 0
+
+
+def is_sticky(error: BaseException | str) -> bool:
+    """Whether the process can use the GPU no longer."""
+    return any(text in str(error) for text in STICKY)
+
+
+def shortened(text: str, length: int = 300) -> str:
+    """`text` on one line, of so many characters at most."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+@contextlib.contextmanager
+def attempt(**facts) -> Iterator[dict]:
+    """Write what the body adds to the entry that it is given, or why the body failed; then go on.
+
+    Raises:
+        SystemExit: The GPU is lost to this process.
+    """
+    entry = dict(facts)
+    try:
+        yield entry
+    except Exception as error:
+        traceback.print_exc()
+        write(**facts, failed=shortened(f"{type(error).__name__}: {error}"))
+        if is_sticky(error):
+            sys.exit(f"the GPU is lost to this process: {error}")
+    else:
+        write(**entry)

@@ -1,0 +1,124 @@
+"""Runs stages: processes with a time limit, none of which waits for another to be right."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gpu import record
+from gpu.stages import ROOT, Job, Stage
+
+GRACE = 5  # seconds that a process has to end by itself after its limit
+KEPT = 1 << 20  # bytes of a job's output that are kept, of its beginning and of its end together
+LEAST = 5  # seconds with which a stage is begun at the least
+ROOMS = ("kernels", "train")  # of the library, that lie beside it in the tree
+_SITE = "SEAL_FAST_GPU_SITE"  # where processes start: Python looks for modules there first
+
+
+def run(stages: dict[str, Stage], folder: Path, seconds: float, environment: dict[str, str]) -> None:
+    """Run all stages within so many seconds, whatever becomes of each.
+
+    Args:
+        stages: Name -> stage, in their order.
+        folder: Gets results.jsonl, to which the stages add what they find, and log.txt, what they print.
+        seconds: For all of them together.
+        environment: Added to that of every process.
+    """
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory(prefix="seal-fast-gpu-") as site:
+        environment = {**environment, **_paths(Path(site)), record.RESULTS: str((folder / "results.jsonl").resolve())}
+        _run_stages(stages, folder, end, environment)
+
+
+def _paths(site: Path) -> dict[str, str]:
+    """Make `import seal_fast` find the tree, which need not be installed; and what benchmarks and tests share."""
+    package = site / "seal_fast"
+    package.mkdir()
+    for path in (ROOT / "seal_fast").iterdir():
+        if path.name not in ROOMS:
+            (package / path.name).symlink_to(path)
+    for name in ROOMS:
+        (package / name).symlink_to(ROOT / name)
+    paths = [site, ROOT / "benchmarks", ROOT / "tests" / "support", *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(map(str, paths)), _SITE: str(site)}
+
+
+def _run_stages(stages: dict[str, Stage], folder: Path, end: float, environment: dict[str, str]) -> None:
+    for name, stage in stages.items():
+        left = end - time.monotonic()
+        if left < LEAST:
+            _write(folder, stage=name, ended="left out: no time was left")
+            continue
+        deadline = time.monotonic() + min(stage.limit, left)
+        with ThreadPoolExecutor(max(stage.together, 1)) as pool:
+            for job in stage.jobs:
+                pool.submit(_run_one, name, job, folder, deadline, environment)
+        if not stage.jobs:
+            _write(folder, stage=name, ended="left out: what it needs is not installed")
+
+
+def _run_one(stage: str, job: Job, folder: Path, deadline: float, environment: dict[str, str]) -> None:
+    """Run a process until it ends or its time is over; its processes end with it."""
+    begun = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        try:
+            ended = _ended(job, output, deadline, environment)
+        except OSError as error:
+            ended = f"did not start: {error}"
+        output.seek(0)
+        text = output.read()
+    if len(text) > KEPT:
+        text = text[: KEPT // 2] + b"\n[...]\n" + text[-KEPT // 2 :]
+    with open(folder / "log.txt", "ab") as log:
+        log.write(f"\n==> {stage}: {job.name}: {ended}\n".encode() + text)
+    _write(folder, stage=stage, job=job.name, ended=ended, seconds=round(time.monotonic() - begun, 1))
+
+
+def _ended(job: Job, output, deadline: float, environment: dict[str, str]) -> str:
+    """How the process ended: ok, exit status or signal, or that its time was over."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        return "left out: no time was left"
+    # A worker of pytest-xdist may have started this; the pytest of a stage would take itself for one.
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
+    process = subprocess.Popen(
+        job.arguments(),
+        cwd=environment[_SITE],
+        env={**inherited, **environment, **job.environment},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that its workers end with it
+    )
+    try:
+        code = process.wait(left)
+        return "ok" if code == 0 else f"exit {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)  # pytest then says what it has
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        return "stopped: its time was over"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _write(folder: Path, **entry) -> None:
+    with open(folder / "results.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def read(folder: Path) -> list[dict]:
+    """The entries of a run, in the order in which they were written."""
+    path = folder / "results.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]

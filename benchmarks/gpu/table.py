@@ -1,0 +1,112 @@
+"""The short table at the end of a run: one line a thing, the worst of what was found; the rest is in the files."""
+
+from __future__ import annotations
+
+import collections
+
+MOST = 11_000  # characters
+FAILURES = 12  # failed tests that are named, of a stage
+EXACT = {"spikes", "bits", "differing"}  # how many entries differ, or which share of them
+
+
+def text(entries: list[dict]) -> str:
+    """The table of a run's entries."""
+    parts = [_machine, _smoke, _tests, _times, _steps, _rivals, _jobs]
+    lines = [line for part in parts for line in part(entries)]
+    whole = "\n".join(line[:200] for line in lines)
+    return whole if len(whole) <= MOST else whole[: MOST // 2] + "\n[... see results.jsonl]\n" + whole[-MOST // 2 :]
+
+
+def _of(entries, stage):
+    return [entry for entry in entries if entry["stage"] == stage and "ended" not in entry]
+
+
+def _machine(entries):
+    known = {name: value for entry in _of(entries, "machine") for name, value in entry.items()}
+    if not known:
+        return
+    names = ("gpu", "nvidia_smi", "commit", "copy_TB_s", "failed")
+    yield "machine  " + "; ".join(_shown(known[name]) for name in names if known.get(name))
+    yield "         " + ", ".join(f"{name} {number}" for name, number in known.get("versions", {}).items())
+
+
+def _smoke(entries):
+    groups = collections.defaultdict(list)
+    for entry in _of(entries, "smoke"):
+        groups[entry["operator"], entry["backend"], str(entry.get("dtype", "")).removeprefix("torch.")].append(entry)
+    for group, found in sorted(groups.items()):
+        worst: dict[str, float] = {}
+        for entry in found:
+            for name, value in entry.items():
+                if isinstance(value, float) or name in EXACT:
+                    # NaN is the worst of all.
+                    worst[name] = value if value != value else max(worst.get(name, 0), value)
+        failed = [entry["failed"] for entry in found if "failed" in entry]
+        numbers = "  ".join(f"{name} {value:.1e}" for name, value in worst.items())
+        yield f"smoke    {' '.join(group):28s} {len(found)} cases  {numbers}" + _failed(failed)
+
+
+def _tests(entries):
+    for stage in ("tests", "values"):
+        found = _of(entries, stage)
+        counts = [entry["counts"] for entry in found if "counts" in entry]
+        failed = [entry for entry in found if "test" in entry]
+        if found:
+            yield f"{stage:8s} {counts[-1] if counts else 'did not end'}; {len(failed)} failed"
+        for entry in failed[:FAILURES]:
+            yield f"         {entry['test'].rpartition('/')[2]}: {entry['failed'][:110]}"
+
+
+def _times(entries):
+    for entry in _of(entries, "times"):
+        facts = ("operator", "backend", "dtype", "layout", "shape", "residual", "candidate")
+        name = " ".join(_shown(entry[fact]) for fact in facts if fact in entry)
+        figures = [
+            f"{name.removesuffix('_ms')} {value:.3f} ms" + (f" {rate:.2f} TB/s" if rate else "")
+            for name, value in entry.items()
+            if name.endswith("_ms") and not name.endswith(("best_ms", "host_ms"))
+            for rate in [entry.get(name.removesuffix("_ms") + "_TB_s")]
+        ]
+        copied = [f"{entry['copy_TB_s']:.2f} TB/s"] if "copy_TB_s" in entry else []
+        host = [f"host {1e3 * value:.0f} us" for key, value in entry.items() if key.endswith("host_ms")]
+        yield f"times    {name:66s} {'  '.join(figures + copied + host[:2])}{_failed(_reasons(entry))}"
+
+
+def _steps(entries):
+    for entry in _of(entries, "steps"):
+        name = f"{entry['contestant']} {entry['precision']}"
+        name += "".join(f", {flag}" for flag in ("graph", "packed") if entry.get(flag))
+        yield f"step     {name:40s} {_step(entry)}"
+
+
+def _rivals(entries):
+    for entry in _of(entries, "rivals"):
+        facts = ("operator", "contestant", "dtype", "shape")
+        name = " ".join(_shown(entry[fact]) for fact in facts if fact in entry)
+        yield f"rivals   {name:66s} {_step(entry)}"
+
+
+def _step(entry):
+    units = {"ms": "ms", "host_ms": "ms host", "images_s": "images/s", "peak_MiB": "MiB", "last_loss": "loss"}
+    figures = [f"{entry[name]:.4g} {unit}" for name, unit in units.items() if name in entry]
+    return "  ".join(figures) + _failed(_reasons(entry))
+
+
+def _jobs(entries):
+    for entry in entries:
+        if "ended" in entry:
+            took = f"{entry['seconds']:.0f} s" if "seconds" in entry else ""
+            if entry["ended"] != "ok" or entry["stage"] not in ("smoke", "times"):
+                yield f"ended    {entry['stage']}: {entry.get('job', '')}: {entry['ended']} {took}".rstrip()
+
+
+def _reasons(entry):
+    return [entry["failed"]] if "failed" in entry else []
+
+
+def _failed(reasons):
+    return f"  {len(reasons)} FAILED: {reasons[0][:120]}" if reasons else ""
+
+
+def _shown(value):
+    return f"{value:.2f} TB/s copied" if isinstance(value, float) else str(value).removeprefix("torch.")

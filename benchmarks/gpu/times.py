@@ -1,0 +1,121 @@
+"""How long each operator's kernels take on large tensors, beside a copy of as many bytes.
+
+    python -m gpu.times OPERATOR BACKEND
+
+`forward_TB_s` and the like are the fewest bytes that the call must move, over the time that it takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from unittest import mock
+
+import torch
+from torch import nn
+
+import seal_fast
+from gpu import record
+from gpu.clock import milliseconds
+from gpu.machine import copy_bandwidth
+
+F32, BF16 = torch.float32, torch.bfloat16
+OPTIONS = {"decay_input": False}
+# [T, B, C, H, W], several times the 50 or 60 MB of a Hopper GPU's L2 cache in 16 bits, too.
+SHAPE = (4, 2 if record.rehearsing() else 256, 64, 32, 32)
+# backend -> constants of kernels/ that were tuned by counting alone: module, name, values to compare
+CANDIDATES: dict[str, list[tuple[str, str, tuple]]] = {"triton": [], "cupy": []}
+
+
+def lif(backend: str, dtype: torch.dtype, **facts) -> None:
+    """Reads x and writes spikes forward; reads x and the spikes' gradient, and writes that of x, backward."""
+    with record.attempt(stage="times", operator="lif", backend=backend, dtype=str(dtype), **facts) as entry:
+        x, upstream = (torch.randn(SHAPE, device="cuda").to(dtype) for _ in range(2))
+        run = functools.partial(seal_fast.lif, return_v_last=False, backend=backend, **OPTIONS)
+        spikes, _ = run(x.requires_grad_())
+        with torch.no_grad():
+            _note(entry, "forward", lambda: run(x), 2 * x.nbytes)
+        _note(entry, "backward", lambda: torch.autograd.grad(spikes, x, upstream, retain_graph=True), 3 * x.nbytes)
+
+
+def bn_lif(backend: str, dtype: torch.dtype, **facts) -> None:
+    """Each layout, without and with a residual."""
+    for layout in (torch.channels_last, torch.contiguous_format):
+        for residual in (False, True):
+            known = {"dtype": str(dtype), "layout": str(layout), "residual": residual, **facts}
+            with record.attempt(stage="times", operator="bn_lif", backend=backend, **known) as entry:
+                _layer(entry, backend, dtype, layout, residual)
+
+
+def _layer(entry: dict, backend: str, dtype: torch.dtype, layout: torch.memory_format, has_residual: bool) -> None:
+    """Reads y twice forward and four times backward, as statistics and sums come before what they are needed for."""
+    T, B, *image = SHAPE
+    y, residual, upstream = (
+        torch.randn(T * B, *image, device="cuda").to(dtype, memory_format=layout).requires_grad_() for _ in range(3)
+    )
+    bn, node = nn.BatchNorm2d(image[0], device="cuda"), seal_fast.nn.LIFNode(backend=backend, **OPTIONS)
+    options = {"time_steps": T, "residual": residual if has_residual else None}
+    run = functools.partial(seal_fast.bn_lif, y, bn, node, **options)
+    spikes, leaves = run(), (y, bn.weight, bn.bias, *([residual] if has_residual else []))
+    backward = functools.partial(torch.autograd.grad, spikes, leaves, upstream.detach(), retain_graph=True)
+    with torch.no_grad():
+        _note(entry, "forward", run, (3 + has_residual) * y.nbytes)
+    _note(entry, "backward", backward, (6 + has_residual) * y.nbytes)
+    bn.eval()
+    with torch.no_grad():
+        _note(entry, "evaluation", run, (2 + has_residual) * y.nbytes)
+
+
+def seal_loss(backend: str, dtype: torch.dtype, **facts) -> None:
+    """Loss and gradient; the formulation in torch's operations beside it."""
+    for shape in ((4, 128, 100), (4, 512, 1000), (10, 32, 10)):
+        known = {"dtype": str(dtype), "shape": shape, **facts}
+        with record.attempt(stage="times", operator="seal_loss", backend=backend, **known) as entry:
+            logits = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+            teacher, labels = torch.randn(shape[1:], device="cuda"), torch.randint(shape[2], shape[1:2], device="cuda")
+
+            def run(name, leaf=logits, teacher=teacher, labels=labels):
+                loss = seal_fast.seal_loss(leaf, teacher, labels, alpha=0.6, beta=0.15, backend=name).loss
+                return torch.autograd.grad(loss, leaf)
+
+            _note(entry, "both", lambda run=run: run(backend), 2 * logits.nbytes)
+            _note(entry, "reference", lambda run=run: run("torch"), 2 * logits.nbytes)
+
+
+def packing(backend: str, dtype: torch.dtype, **facts) -> None:
+    """Spikes from their bits."""
+    kernel = importlib.import_module(f"seal_fast.kernels.packing.{backend}")
+    with record.attempt(stage="times", operator="packing", backend=backend, dtype=str(dtype), **facts) as entry:
+        neurons = torch.Size(SHAPE[1:]).numel()
+        packed = torch.randint(256, (SHAPE[0], neurons // 8), device="cuda").to(torch.uint8)
+        unpack = functools.partial(kernel.unpack, packed, neurons, dtype)
+        _note(entry, "unpack", unpack, packed.nbytes + unpack().nbytes)
+
+
+def _note(entry: dict, name: str, run, moved: int) -> None:
+    found = milliseconds(run)
+    entry.update({f"{name}_{key}": value for key, value in found.items() if key != "rounds"})
+    entry[f"{name}_TB_s"] = moved / found["ms"] / 1e9
+
+
+OPERATORS = {function.__name__: function for function in (lif, bn_lif, seal_loss, packing)}
+
+
+def main(operator: str, backend: str) -> None:
+    """Time as the library is, then with each candidate in place of a tuned constant."""
+    with record.attempt(stage="times", operator="copy", backend=backend) as entry:
+        entry["copy_TB_s"] = copy_bandwidth()
+    for dtype in (F32, BF16):
+        OPERATORS[operator](backend, dtype)
+    for place, constant, values in CANDIDATES[backend]:
+        module = importlib.import_module(f"seal_fast.kernels.{place}")
+        if place.partition(".")[0] != operator:
+            continue
+        for value in values:
+            with mock.patch.object(module, constant, value):
+                OPERATORS[operator](backend, BF16, candidate=f"{constant}={value}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

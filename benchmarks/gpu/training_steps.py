@@ -1,0 +1,75 @@
+"""Full training steps as the trainers take them, launched piece by piece and as one CUDA graph.
+
+python -m gpu.training_steps BACKEND PRECISION     ours: PRECISION is off (float32) or bf16
+python -m gpu.training_steps floor PRECISION       the convolutions and linear layers of the step alone
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from gpu import record
+from gpu.clock import milliseconds
+from seal_fast.models import folded
+from seal_fast.train.step import AMP_DTYPES, GraphedStep, Step
+from seal_fast.train.tasks import DistillTask, parameter_groups
+from training import CASES, SGD, WEIGHT_DECAY, WEIGHTS, Problem, floor, make_student
+
+CASE = "resnet18-cifar"
+
+
+def problem_of(case: str) -> Problem:
+    """The case's networks and a batch on the GPU; in a rehearsal, whose tensors lie on the CPU, a small batch."""
+    chosen = CASES[case]._replace(batch={"cpu": 2}) if record.rehearsing() else CASES[case]
+    return Problem(chosen, torch.device("cuda"))
+
+
+def make(problem: Problem, kind: type[Step], backend: str, amp: str, packed: bool) -> Step:
+    """The trainers' step of the problem's networks."""
+    student = make_student(problem.case, problem.device, backend)
+    student.load_state_dict(problem.weights)
+    teacher = folded(problem.teacher).to(dtype=AMP_DTYPES[amp], memory_format=torch.channels_last)
+    task = DistillTask(student, teacher, method="seal", temperature=3.0, backend=backend, **WEIGHTS)
+    optimizer = torch.optim.SGD(parameter_groups(student, WEIGHT_DECAY, spiking=True), **SGD, fused=True)
+    scaler = torch.amp.GradScaler(problem.device.type, enabled=False)
+    return kind(task, optimizer, scaler, device=problem.device, amp=amp, packed=packed)
+
+
+def ours(backend: str, amp: str) -> None:
+    """With and without a graph, and with spikes kept as bits."""
+    torch.backends.cudnn.benchmark = True
+    problem = problem_of(CASE)
+    for kind, packed in ((Step, False), (GraphedStep, False), (Step, True)):
+        graph = kind is GraphedStep
+        facts = {"contestant": f"ours {backend}", "precision": amp, "graph": graph, "packed": packed}
+        with record.attempt(stage="steps", case=CASE, **facts) as entry:
+            step = make(problem, kind, backend, amp, packed)
+            run = lambda step=step: step(problem.inputs, problem.labels)
+            losses = [run().loss.item() for _ in range(kind.WARM_UP + 2 if graph else 1)]
+            entry["first_loss"], entry["last_loss"] = losses[0], losses[-1]
+            torch.cuda.reset_peak_memory_stats()
+            _note(entry, problem, run)
+
+
+def convolutions(amp: str) -> None:
+    """The floor of a step: what no neuron, norm or loss can go below."""
+    torch.backends.cudnn.benchmark = True
+    with record.attempt(stage="steps", case=CASE, contestant="convolutions alone", precision=amp) as entry:
+        problem = problem_of(CASE)
+        _note(entry, problem, floor(problem, AMP_DTYPES[amp]))
+
+
+def _note(entry: dict, problem: Problem, run) -> None:
+    entry.update(milliseconds(run, 2))
+    entry["images_s"] = len(problem.labels) / entry["ms"] * 1e3
+    entry["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
+
+
+if __name__ == "__main__":
+    contestant, precision = sys.argv[1:]
+    if contestant == "floor":
+        convolutions(precision)
+    else:
+        ours(contestant, precision)
