@@ -55,7 +55,8 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="seal-fast-gpu-") as scratch:
         capability = CAPABILITY if options.rehearse else torch.cuda.get_device_capability()
         caches, said = prebuilt.use(options.kernels, Path(scratch) / "kernels", capability)
-        print(said, flush=True)
+        if said:
+            print(said, flush=True)
         environment = {**caches, **(REHEARSAL if options.rehearse else {})}
         run({name: stages[name] for name in chosen}, folder, options.seconds, environment)
     entries = read(folder)

@@ -15,7 +15,8 @@ COPIED = 1 << 30  # bytes
 def main() -> None:
     """Write two lines: the versions, and the bandwidth."""
     with record.attempt(stage="machine") as entry:
-        entry.update(measure.machine(), commit=prebuilt.commit(), keys=prebuilt.keys())
+        capability = torch.cuda.get_device_capability()
+        entry.update(measure.machine(), commit=prebuilt.commit(), keys=prebuilt.keys(capability))
         properties = torch.cuda.get_device_properties(0)
         entry["multiprocessors"], entry["l2_bytes"] = properties.multi_processor_count, properties.L2_cache_size
     with record.attempt(stage="machine") as entry:

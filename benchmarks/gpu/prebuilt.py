@@ -124,10 +124,10 @@ def use(file: Path, folder: Path, capability: tuple[int, int]) -> tuple[dict[str
         capability: Of the GPU.
 
     Returns:
-        Variables of the environment with which the kernels are found, and a sentence that says what is used.
+        Variables of the environment with which the kernels are found, and what is used and what is not, in words; nothing where there is no file.
     """
     if not file.exists():
-        return {}, "No kernels were compiled beforehand."
+        return {}, ""
     manifest, own = unpack(file, folder), keys(capability)
     fitting = [name for name in CACHES if manifest["keys"][name] == own[name]]
     said = []

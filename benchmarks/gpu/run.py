@@ -16,7 +16,7 @@ from gpu import record
 from gpu.stages import ROOT, Job, Stage
 
 GRACE = 5  # seconds that a process has to end by itself after its limit
-KEPT = 1 << 20  # bytes of a job's output that are kept, of its beginning and of its end together
+KEPT = 1 << 18  # bytes of a job's output that are kept, of its beginning and of its end together
 LEAST = 5  # seconds with which a stage is begun at the least
 ROOMS = ("kernels", "train")  # of the library, that lie beside it in the tree
 _SITE = "SEAL_FAST_GPU_SITE"  # where processes start: Python looks for modules there first
