@@ -4,11 +4,13 @@
 // exponentials are taken in one sweep: where a larger number comes, the sum so far is scaled to it. Each row is swept
 // 1. for its largest logit, and the exponentials of the others; 2. for its confidence, and its divergence from the
 // teacher; 3. for its products with the other rows. Then all rows know all weights, and each is swept 4. for the
-// divergence from its target, and 5. for the gradient. With ON_CHIP the sample is in shared memory meanwhile. The last
-// block to finish adds up the samples, in their order.
+// divergence from its target, and 5. for the gradient. KEPT says what of the sample is in shared memory meanwhile. The
+// last block to finish adds up the samples, in their order.
 #include "sums.cuh"
 
 enum Objective { SEAL, KD, TDKD, WEIGHTS };  // the last gives the weights of SEAL and no loss
+// In shared memory: neither, so that the steps and their table are in a workspace; both of these; the logits as well.
+enum Kept { NOTHING, TABLE, SAMPLE };
 constexpr int PRODUCTS = 4;    // rows that a row is multiplied with at once
 constexpr int SCALE_THREADS = 256;
 constexpr int IGNORED = -100;  // a label
@@ -24,7 +26,7 @@ struct alignas(16) Step {  // what the block knows of a time step
   int at, wrong;                     // the prediction; whether logits are replaced
 };
 
-// Offsets within a row's memory: shared memory is small.
+// Offsets within memory: shared memory is small.
 template <bool ON_CHIP>
 struct IndexOf { typedef int type; };
 template <>
@@ -35,7 +37,7 @@ template <int STEPS, int TEAM>
 constexpr int WARPS = STEPS ? STEPS * TEAM : MAX_WARPS;
 constexpr int RESIDENT = 24;
 
-template <typename Number, typename Teacher, typename Label, int VECTOR, int TEAM, int STEPS, bool ON_CHIP,
+template <typename Number, typename Teacher, typename Label, int VECTOR, int TEAM, int STEPS, int KEPT,
           int OBJECTIVE, bool GRADIENT>
 __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<STEPS, TEAM>)) seal_loss(
     const Number* __restrict__ logits,     // [T, B, K]
@@ -48,6 +50,7 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
     float* __restrict__ parts,             // loss, ce, ela, sta
     float* __restrict__ weights,           // with WEIGHTS, [B, T, T]
     float* __restrict__ confidence,        // with WEIGHTS, [T, B]
+    float* workspace,                      // with NOTHING kept, room for T Steps and a table for each sample
     int64_t steps,                         // T
     int64_t B,
     int64_t classes,                       // K
@@ -61,7 +64,9 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
     float beta,
     float temperature,
     float log_classes) {
+  constexpr bool ON_CHIP = KEPT == SAMPLE;
   typedef typename IndexOf<ON_CHIP>::type Index;
+  typedef typename IndexOf<KEPT != NOTHING>::type Entry;  // of the table
   constexpr int UNROLLED = STEPS ? STEPS : 4;
   constexpr bool SIMILAR = OBJECTIVE == SEAL || OBJECTIVE == WEIGHTS, LOSS = OBJECTIVE != WEIGHTS;
   const int T = STEPS ? STEPS : static_cast<int>(steps), K = static_cast<int>(classes);
@@ -76,9 +81,11 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
   extern __shared__ uint4 memory[];
   uint32_t* board = reinterpret_cast<uint32_t*>(memory);
   float* totals = reinterpret_cast<float*>(board + 2 * MAX_WARPS * BOARD);  // [MAX_WARPS, 4]
-  Step* of = reinterpret_cast<Step*>(totals + MAX_WARPS * 4);               // [T]
-  float* table = reinterpret_cast<float*>(of + T);                          // [T, T]: products of rows, then weights
-  float* chip_teacher = table + (T * T + 3) / 4 * 4;                        // with ON_CHIP, [K]
+  const Entry table_size = (static_cast<Entry>(T) * T + 3) / 4 * 4;
+  const int64_t before = b * (T * static_cast<int64_t>(sizeof(Step) / 4) + table_size);  // samples in the workspace
+  Step* of = reinterpret_cast<Step*>(KEPT == NOTHING ? workspace + before : totals + MAX_WARPS * 4);  // [T]
+  float* table = reinterpret_cast<float*>(of + T);  // [T, T]: products of rows, then weights
+  float* chip_teacher = table + table_size;         // with ON_CHIP, [K]
   Number* chip_logits = reinterpret_cast<Number*>(chip_teacher + (LOSS ? (K + 3) / 4 * 4 : 0));  // [T, chip_stride]
   const Index chip_stride = (K * sizeof(Number) + 15) / 16 * (16 / sizeof(Number));
 
@@ -115,6 +122,7 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
   const Number* const rows = ON_CHIP ? chip_logits : logits;
   const Index row_stride = ON_CHIP ? chip_stride : step_stride;
   const Index next_class = ON_CHIP || VECTOR > 1 ? 1 : class_stride;
+  const auto of_table = [&](int t) { return table + static_cast<Entry>(t) * T; };
   const auto logit = [&](int t, int k) { return load(rows[t * row_stride + k * next_class]); };
   const auto logits_from = [&](int t, int k) { return floats<VECTOR>(rows + t * row_stride + k * next_class); };
   const auto teacher_logit = [&](int k) {
@@ -204,7 +212,7 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
 #pragma unroll
       for (int j = 0; j < PRODUCTS; ++j) {
         if (first + j >= T) break;
-        if (leader) table[t * T + first + j] = products.at[j];
+        if (leader) of_table(t)[first + j] = products.at[j];
         if (first + j == t) step.norm = fmaxf(sqrtf(products.at[j]), 1e-12f);
       }
     }
@@ -215,30 +223,30 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
   for (int t = team; t < T && !ignored; t += teams) {
     const Step step = of[t];
     if (member == 0 && (targets || !LOSS)) {
-      float weight[2], largest = LOWEST;  // of steps `lane` and `lane` + 32
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int j = lane + 32 * i;
-        weight[i] = SIMILAR ? -infinity() : 0.0f;
-        if (SIMILAR && j < T && j != t) weight[i] = of[j].confidence * (table[t * T + j] / (step.norm * of[j].norm));
-        if (!SIMILAR && j < T) weight[i] = of[j].at == y ? 1.0f : 0.0f;
-        largest = fmaxf(largest, weight[i]);
+      float* const weight = of_table(t);
+      float largest = LOWEST;
+#pragma unroll 1
+      for (int j = lane; SIMILAR && j < T; j += 32) {
+        const float score = of[j].confidence * (weight[j] / (step.norm * of[j].norm));
+        weight[j] = j != t ? score : -infinity();
+        largest = fmaxf(largest, weight[j]);
       }
 #pragma unroll
-      for (int lanes = 16; lanes; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+      for (int lanes = 16; SIMILAR && lanes; lanes /= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+      }
       Sums<1> sum;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (SIMILAR) weight[i] = power_of_two((weight[i] - largest) * LOG2_E);
-        sum.at[0] += weight[i];
+#pragma unroll 1
+      for (int j = lane; j < T; j += 32) {
+        weight[j] = SIMILAR ? power_of_two((weight[j] - largest) * LOG2_E) : of[j].at == y ? 1.0f : 0.0f;
+        sum.at[0] += weight[j];
       }
       merge_warp(sum, rate);
       if (sum.at[0] == 0.0f) sum.at[0] = 1.0f;  // no step is right, or there is no other
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int j = lane + 32 * i;
-        if (j < T) table[t * T + j] = weight[i] / sum.at[0];
-        if (!LOSS && j < T) weights[(b * T + t) * T + j] = weight[i] / sum.at[0];
+#pragma unroll 1
+      for (int j = lane; j < T; j += 32) {
+        weight[j] /= sum.at[0];
+        if (!LOSS) weights[(b * T + t) * T + j] = weight[j];
       }
       if (!LOSS && lane == 0) confidence[t * B + b] = step.confidence;
     }
@@ -250,7 +258,7 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
       Group<float, VECTOR> target = {};
 #pragma unroll UNROLLED
       for (int j = 0; j < T; ++j) {
-        const float weight = table[t * T + j];
+        const float weight = of_table(t)[j];
         const Group<float, VECTOR> z = logits_from(j, k);
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) {

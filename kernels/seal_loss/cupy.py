@@ -8,7 +8,8 @@ next to 1.3 KB + T·(64 + 4·T) bytes of the kernel's own. In the 227 KB that an
     T = 64    K = 800 in float32, 1,590 in 16 bits
 
 Larger samples are swept where they are: once for maxima, sums and similarities, after that out of the L2 cache if it
-holds the samples in flight, for confidence and ELA, for STA, and for the gradient.
+holds the samples in flight, for confidence and ELA, for STA, and for the gradient. Where the kernel's own bytes do not
+fit either, beyond T = 232 there, it keeps them in a workspace in global memory instead, B·T·(64 + 4·T) bytes.
 
 Beyond 4,096 samples torch counts the labels that are not ignored, in launches of its own.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from .reference import IGNORED
 
 SOURCE = Path(__file__).with_name("cuda.cu")
 OBJECTIVES = ("seal", "kd", "tdkd", "weights")  # as in cuda.cu
+KEPT = ("nothing", "table", "sample")  # in shared memory; as in cuda.cu
 WARPS = 16  # of a block, at most, as in sums.cuh
 UNROLLED = 16  # time steps that a kernel is specialised for, at most
 ROW = 1024  # logits that one warp goes through before a row gets more warps
@@ -52,7 +55,7 @@ def forward(
     temperature: float,
     objective: str,
     gradient: bool,
-    on_chip: int | None = None,  # bytes of shared memory that a block may use; None: what the device has
+    keep: str | None = None,  # what of a sample is kept in shared memory, of KEPT; None: as much as fits
 ) -> tuple[Tensor, Tensor | None]:
     """Loss, ce, ela and sta as float32 [4]; if asked for, the gradient [T, B, K] of the loss in the logits' dtype.
 
@@ -69,17 +72,17 @@ def forward(
         logits,
         (teacher_logits, labels, counted, grad, partials, counter(device), parts, None, None),
         numbers=(alpha, beta, temperature),
-        on_chip=on_chip,
+        keep=keep,
     )
     return parts, grad
 
 
-def weights(logits: Tensor, *, on_chip: int | None = None) -> tuple[Tensor, Tensor]:
+def weights(logits: Tensor, *, keep: str | None = None) -> tuple[Tensor, Tensor]:
     """Weights [B, T, T] and confidence [T, B] of the time steps of logits [T, B, K], in float32."""
     T, B, _ = logits.shape
     weights = torch.empty(B, T, T, dtype=torch.float32, device=logits.device)
     confidence = torch.empty(T, B, dtype=torch.float32, device=logits.device)
-    _launch("weights", logits, (*(None,) * 7, weights, confidence), numbers=(0.0, 0.0, 1.0), on_chip=on_chip)
+    _launch("weights", logits, (*(None,) * 7, weights, confidence), numbers=(0.0, 0.0, 1.0), keep=keep)
     return weights, confidence
 
 
@@ -96,7 +99,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
         launch(SOURCE, kernel, blocks, SCALE_THREADS, arguments, real=torch.float32, device=grad.device)
 
 
-def _launch(objective, logits, tensors, *, numbers, on_chip):
+def _launch(objective, logits, tensors, *, numbers, keep):
     T, B, K = logits.shape
     teacher_logits, labels, _, grad, *_ = tensors
     if teacher_logits is None:
@@ -106,17 +109,20 @@ def _launch(objective, logits, tensors, *, numbers, on_chip):
         dtypes = (logits.dtype, teacher_logits.dtype, labels.dtype)
         vector = math.gcd(_vector(logits), _vector(teacher_logits))
         strides = (*teacher_logits.stride(), labels.stride(0))
-    on_chip = shared_memory(logits.device) if on_chip is None else on_chip
-    kernel, threads, shared_bytes = _kernel(T, K, dtypes, vector, objective, grad is not None, on_chip)
+    gradient, most = grad is not None, shared_memory(logits.device)
+    kernel = _kernel(T, K, dtypes, vector, objective, gradient, most, keep)
+    workspace = None
+    if kernel.workspace:
+        workspace = torch.empty(B * kernel.workspace, dtype=torch.float32, device=logits.device)
     launch(
         SOURCE,
-        kernel,
+        kernel.expression,
         B,
-        threads,
-        (logits, *tensors, T, B, K, *logits.stride(), *strides, *map(float, numbers), math.log(K)),
+        kernel.threads,
+        (logits, *tensors, workspace, T, B, K, *logits.stride(), *strides, *map(float, numbers), math.log(K)),
         real=torch.float32,
         device=logits.device,
-        shared_bytes=shared_bytes,
+        shared_bytes=kernel.shared_bytes,
     )
 
 
@@ -130,6 +136,15 @@ def _vector(tensor: Tensor) -> int:
     return math.gcd(8, K, tensor.data_ptr() // size, *apart)
 
 
+class _Kernel(NamedTuple):
+    """A specialisation of the kernel, and what its launch takes."""
+
+    expression: str  # its name in C++
+    threads: int  # of a block
+    shared_bytes: int  # of a block
+    workspace: int  # float32 elements of a sample
+
+
 @functools.lru_cache(maxsize=1024)
 def _kernel(
     T: int,
@@ -138,23 +153,25 @@ def _kernel(
     vector: int,
     objective: str,
     gradient: bool,
-    on_chip: int,  # bytes of shared memory that a block may use
-) -> tuple[str, int, int]:
-    """The kernel's name in C++, the threads of a block, and its bytes of shared memory."""
+    most: int,  # bytes of shared memory that a block may have
+    keep: str | None,
+) -> _Kernel:
     members = 1  # warps of a team
     while 2 * members * T <= WARPS and ROW * members < K:
         members *= 2
     teams = -(-T // -(-T // WARPS))
     size = dtypes[0].itemsize
-    shared = WARPS * (2 * 32 + 16) + T * 64 + _padded(4 * T * T)
+    board, table = WARPS * (2 * 32 + 16), T * 64 + _padded(4 * T * T)
     sample = T * _padded(K * size) + (_padded(4 * K) if objective != "weights" else 0)
-    fits = shared + sample <= on_chip
+    shared = (board, board + table, board + table + sample)  # bytes, by KEPT
+    kept = KEPT.index(keep) if keep else max(i for i, needed in enumerate(shared) if i == 0 or needed <= most)
     template = (
         *(NUMBERS[dtype] for dtype in dtypes),
         *(min(vector, ACCESS // size), members, T if T <= UNROLLED else 0),
-        *(fits, OBJECTIVES.index(objective), gradient),
+        *(kept, OBJECTIVES.index(objective), gradient),
     )
-    return specialised("seal_loss", *template), 32 * members * teams, shared + (sample if fits else 0)
+    workspace = 0 if kept else table // 4
+    return _Kernel(specialised("seal_loss", *template), 32 * members * teams, shared[kept], workspace)
 
 
 def _padded(size: int) -> int:

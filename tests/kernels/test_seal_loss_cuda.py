@@ -13,7 +13,6 @@ from cuda_host_seal_loss import (
     F32,
     F64,
     LAYOUTS,
-    NOT_ON_CHIP,
     OBJECTIVES,
     PUBLISHED,
     Setup,
@@ -46,15 +45,15 @@ def kernels():
         cuda_host.install(patch, room)
         with cuda_host.planning():
             for setup in SETUPS:
-                options = {**PUBLISHED, "objective": setup.objective, "on_chip": setup.on_chip}
+                options = {**PUBLISHED, "objective": setup.objective, "keep": setup.keep}
                 room.forward(*given(setup), gradient=True, **options)
                 if setup.objective == "seal":
-                    room.weights(given(setup)[0], on_chip=setup.on_chip)
+                    room.weights(given(setup)[0], keep=setup.keep)
             for case in CASES["loss"]:
                 for objective in OBJECTIVES:
                     golden_run(case, objective, 0.6, 0.15)
             for setup in SAME:
-                both_ways(setup)
+                each_way(setup)
             for dtype, size in SCALED:
                 room.scale_(torch.zeros(size, dtype=dtype), torch.ones(()))
         yield
@@ -84,12 +83,12 @@ def test_published_parts_and_gradients(case):
 
 def test_setups_reach_every_template_argument():
     for objective in OBJECTIVES:
-        assert {setup.on_chip for setup in SETUPS if setup.objective == objective} == {None, NOT_ON_CHIP}
+        assert {setup.keep for setup in SETUPS if setup.objective == objective} == {None, "table"}
     assert {setup.dtype for setup in SETUPS if setup.objective == "seal"} == {F32, BF16, F16}
     assert {setup.teacher_dtype for setup in SETUPS} == {F32, BF16, F16, F64}
     assert {setup.layout for setup in SETUPS} == set(LAYOUTS)
-    assert len({(setup.label_dtype, setup.on_chip) for setup in SETUPS}) == 4
-    assert len({(setup.layout, setup.on_chip) for setup in SETUPS}) == 2 * len(LAYOUTS)
+    assert len({(setup.label_dtype, setup.keep) for setup in SETUPS}) == 4
+    assert len({(setup.layout, setup.keep) for setup in SETUPS}) == 2 * len(LAYOUTS)
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
@@ -97,7 +96,7 @@ def test_loss_and_gradient_equal_the_reference(setup):
     for seed in range(2):
         tensors = given(setup, B=3 + seed, seed=seed)
         options = {**PUBLISHED, "objective": setup.objective}
-        value, gradient = errors(run(*tensors, on_chip=setup.on_chip, **options), expected(*tensors, **options))
+        value, gradient = errors(run(*tensors, keep=setup.keep, **options), expected(*tensors, **options))
         assert value <= VALUE
         assert gradient <= GRADIENT
 
@@ -105,7 +104,7 @@ def test_loss_and_gradient_equal_the_reference(setup):
 @pytest.mark.parametrize("setup", [setup for setup in SETUPS if setup.objective == "seal"], ids=str)
 def test_weights_and_confidence_equal_the_reference(setup):
     logits = given(setup)[0]
-    got = guarded(room.weights, logits, on_chip=setup.on_chip)
+    got = guarded(room.weights, logits, keep=setup.keep)
     for left, right in zip(got, reference.selective_alignment_weights(logits.double()), strict=True):
         assert left.shape == right.shape
         assert (left - right).abs().amax() <= WEIGHTS
@@ -114,14 +113,15 @@ def test_weights_and_confidence_equal_the_reference(setup):
 
 def test_chip_and_memory_give_the_same_bits():
     for setup in SAME:
-        on_chip, in_memory = both_ways(setup)
-        assert torch.equal(on_chip[0], in_memory[0])
-        assert torch.equal(on_chip[1], in_memory[1])
+        on_chip, *others = each_way(setup)
+        for parts, gradient in others:
+            assert torch.equal(parts, on_chip[0])
+            assert torch.equal(gradient, on_chip[1])
 
 
-def both_ways(setup):
+def each_way(setup):
     options = {**PUBLISHED, "objective": setup.objective}
-    return [room.forward(*given(setup), gradient=True, on_chip=size, **options) for size in (None, NOT_ON_CHIP)]
+    return [room.forward(*given(setup), gradient=True, keep=keep, **options) for keep in ("sample", "table", "nothing")]
 
 
 @pytest.mark.parametrize(("dtype", "size"), SCALED)
@@ -152,7 +152,11 @@ BREAKS = {
     "the larger of the teacher's logits": ("right < predicted ||", "right > predicted ||"),
     "the teacher's logit of the label kept": ("right ? step.agreed : q.at[i]", "q.at[i]"),
     "the gradient of the prediction kept": ("step.at ? 0.0f : right ?", "step.at ? 1.0f : right ?"),
-    "the step itself in its target": ("j < T && j != t)", "j < T)"),
+    "the step itself in its target": ("j != t ? score : -infinity()", "score"),
+    "steps beyond a warp's lanes forgotten": (
+        "j < T; j += 32) {\n        weight[j] = S",
+        "j < 32; j += 32) {\n        weight[j] = S",
+    ),
     "no barrier before the weights": ("of[t] = step;\n  }\n  __syncthreads();", "of[t] = step;\n  }"),
     "ignored samples counted": ("label_stride] != IGNORED", "label_stride] != 12345"),
     "no gradient for ignored samples": ("if (GRADIENT && ignored)", "if (GRADIENT && ignored && T < 0)"),
@@ -172,7 +176,7 @@ def test_a_broken_line_is_noticed(line, monkeypatch):
     monkeypatch.setattr(room, "counter", lambda device: counter)
     checked = [
         Setup(4, 10, "seal", None, F32, F32, torch.int64, "contiguous"),
-        Setup(33, 6, "tdkd", NOT_ON_CHIP, F32, F32, torch.int32, "classes outermost"),
+        Setup(33, 6, "tdkd", "table", F32, F32, torch.int32, "classes outermost"),
     ]
 
     def results():
@@ -180,7 +184,7 @@ def test_a_broken_line_is_noticed(line, monkeypatch):
             tensors = given(setup, B=5)
             tensors[0].round_()  # to ties
             options = {**PUBLISHED, "objective": setup.objective}
-            got = run(*tensors, on_chip=setup.on_chip, **options)
+            got = run(*tensors, keep=setup.keep, **options)
             yield counter.clone(), got, expected(*tensors, **options)
 
     with cuda_host.planning():

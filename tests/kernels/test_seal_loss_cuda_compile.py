@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cuda_host
-from cuda_host_seal_loss import NOT_ON_CHIP, OBJECTIVES, PUBLISHED
+from cuda_host_seal_loss import OBJECTIVES, PUBLISHED
 from nvrtc import ARCHITECTURES, compiled, needs_cupy
 from seal_fast.kernels.launch import cupy as launcher
 from seal_fast.kernels.seal_loss import cupy as room
@@ -32,10 +32,10 @@ def launches(monkeypatch):
     return started
 
 
-def start(T, B, K, dtype=torch.float32, *, objective="seal", gradient=True, teacher_dtype=None, on_chip=None):
+def start(T, B, K, dtype=torch.float32, *, objective="seal", gradient=True, teacher_dtype=None, keep=None):
     teacher_logits = torch.zeros(B, K, dtype=teacher_dtype or dtype)
     labels = torch.zeros(B, dtype=torch.int64)
-    options = {**PUBLISHED, "objective": objective, "gradient": gradient, "on_chip": on_chip}
+    options = {**PUBLISHED, "objective": objective, "gradient": gradient, "keep": keep}
     room.forward(torch.zeros(T, B, K, dtype=dtype), teacher_logits, labels, **options)
 
 
@@ -47,12 +47,15 @@ def test_kernels_compile_and_need_no_local_memory(arch, launches):
         start(10, 2, 10, dtype)
     start(1, 2, 32768)
     start(4, 2, 32768)
-    start(4, 2, 32768, torch.bfloat16, teacher_dtype=torch.float64, on_chip=NOT_ON_CHIP)
+    start(4, 2, 32768, torch.bfloat16, teacher_dtype=torch.float64, keep="table")
     start(16, 2, 1000, torch.bfloat16, objective="tdkd")
     start(64, 2, 1000, torch.bfloat16)
+    for objective in OBJECTIVES:
+        start(256, 2, 100, objective=objective)
     start(2, 2, 1001, objective="kd")
     start(4, 2, 100, gradient=False)
-    room.weights(torch.zeros(4, 2, 100))
+    for T in (4, 256):
+        room.weights(torch.zeros(T, 2, 100))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         room.scale_(torch.zeros(1000, dtype=dtype), torch.ones(()))
     expressions = [expression for expression, *_ in launches]
@@ -103,12 +106,30 @@ def test_one_launch_of_one_block_a_sample(launches):
     ],
 )
 def test_samples_stay_on_the_chip_up_to_the_documented_size(T, dtype, most, launches):
-    for K, fits in ((most, "true"), (most * 103 // 100, "false")):
+    for K, kept in ((most, "sample"), (most * 103 // 100, "table")):
         start(T, 1, K, dtype)
         expression, *_, shared_bytes = launches.pop()
-        assert expression.split(", ")[6] == fits
-        assert shared_bytes <= (cuda_host.SHARED_MEMORY if fits == "true" else 48 << 10)
+        assert kept_by(expression) == kept
+        assert shared_bytes <= (cuda_host.SHARED_MEMORY if kept == "sample" else 48 << 10)
     assert f"{most:,}" in room.__doc__
+
+
+@pytest.mark.parametrize("shared_memory", [48 << 10, 99 << 10, 163 << 10, cuda_host.SHARED_MEMORY])
+@pytest.mark.parametrize("T", [1, 64, 65, 100, 232, 233, 256, 4096, 100_000])
+def test_no_block_asks_for_more_shared_memory_than_the_device_has(T, shared_memory):
+    dtypes = (torch.float32, torch.float32, torch.int64)
+    for objective in (*OBJECTIVES, "weights"):
+        kernel = room._kernel(T, 10, dtypes, 1, objective, True, shared_memory, None)
+        assert kernel.shared_bytes <= shared_memory
+        assert kernel.threads <= 512
+        assert (kernel.workspace >= T * (16 + T)) == (kept_by(kernel.expression) == "nothing")
+        if shared_memory == cuda_host.SHARED_MEMORY:
+            assert (kernel.workspace > 0) == (T > 232)
+    assert "beyond T = 232" in room.__doc__
+
+
+def kept_by(expression):
+    return room.KEPT[int(expression.split(", ")[6])]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

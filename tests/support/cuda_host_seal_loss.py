@@ -14,7 +14,6 @@ from seal_fast.kernels.seal_loss import reference
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 OBJECTIVES = ("seal", "kd", "tdkd")
 PUBLISHED = {"alpha": 0.6, "beta": 0.15, "temperature": 3.0}
-NOT_ON_CHIP = 0  # bytes of shared memory for the sample
 MARGIN = 4096  # numbers before and after each output, which no kernel may write
 HALF_UNIT = {F32: 0.0, F16: 2.0**-11, BF16: 2.0**-8}  # of a number's last place, relative to the number
 LEAST = {F32: 0.0, F16: 2.0**-25, BF16: 0.0}  # half a unit of the smallest numbers
@@ -36,28 +35,28 @@ class Setup:
     T: int
     K: int
     objective: str
-    on_chip: int | None
+    keep: str | None
     dtype: torch.dtype
     teacher_dtype: torch.dtype
     label_dtype: torch.dtype
     layout: str
 
     def __str__(self):
-        where = "on chip" if self.on_chip is None else "in memory"
-        return f"{self.objective}, T={self.T}, K={self.K}, {str(self.dtype)[6:]} {self.layout} {where}"
+        kept = self.keep or "as much as fits"
+        return f"{self.objective}, T={self.T}, K={self.K}, {str(self.dtype)[6:]} {self.layout}, {kept} on chip"
 
 
 def setups() -> list[Setup]:
-    """Each size on the chip and off it; all else in turn."""
+    """Each size with its sample on the chip and off it; all else in turn."""
     sizes = [(1, 2), (1, 1000), (1, 4101), (2, 3), (2, 2049), (4, 10), (4, 100), (4, 1000), (4, 4104)]
     sizes += [(10, 10), (10, 100), (10, 2), (33, 100), (33, 1000), (64, 10), (64, 3)]
     turns = [cycle(values) for values in (OBJECTIVES, (F32, BF16, F32, F16, F32), (F32, F32, BF16, F64, F16))]
     turns += [cycle(values) for values in ((torch.int64, torch.int64, torch.int32), ("contiguous", *LAYOUTS))]
     chosen = []
     for T, K in sizes:
-        for on_chip in (None, NOT_ON_CHIP):
+        for keep in (None, "table"):
             objective, *rest = (next(turn) for turn in turns)
-            chosen.append(Setup(T, K, objective, on_chip, *rest))
+            chosen.append(Setup(T, K, objective, keep, *rest))
         if chosen[-1].objective != "seal" and chosen[-2].objective != "seal":
             chosen.append(Setup(T, K, "seal", *(getattr(chosen[-1], name) for name in list(Setup.__annotations__)[3:])))
     return chosen
@@ -107,8 +106,8 @@ def guarded(function, *arguments, **options):
     return result
 
 
-def run(logits, teacher_logits, labels, *, gradient=True, on_chip=None, **options):
-    return guarded(room.forward, logits, teacher_logits, labels, gradient=gradient, on_chip=on_chip, **options)
+def run(logits, teacher_logits, labels, *, gradient=True, keep=None, **options):
+    return guarded(room.forward, logits, teacher_logits, labels, gradient=gradient, keep=keep, **options)
 
 
 def errors(got, right) -> tuple[float, float]:
