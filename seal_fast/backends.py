@@ -26,8 +26,8 @@ _OF_LOGITS = ("seal_loss", "selective_alignment_weights")
 _KERNELS: dict[str, tuple[str, ...]] = {
     "lif": BACKENDS,
     "bn_lif": BACKENDS,
-    # Compiled for sm_90, float32, with the gradient: at [4, 512, 1000] CuPy's kernel takes 76 registers a thread and has
-    # 24 resident warps on a multiprocessor, Triton's 255 and 8; at [4, 128, 100] it is 76 and 24 against 160 and 12.
+    # Compiled for sm_90, float32 and the gradient, CuPy's kernel takes 76 registers a thread, so that a multiprocessor
+    # has 24 resident warps; Triton's takes 255 and has 8 for logits [4, 512, 1000], 160 and 12 for [4, 128, 100].
     **dict.fromkeys(_OF_LOGITS, ("cupy", "triton", "cpu", "torch")),
 }
 OPERATORS = tuple(_KERNELS)

@@ -112,9 +112,10 @@ def _seal_loss(
         tile = load_chunk(None, z_b, t, offset, T, K, stride_t, stride_k) if RESIDENT else None
         if LOSS:
             q_b = teacher_logits + b * size(teacher_stride_b, ALIGNED)
-            label = tl.load(labels + b * label_stride).to(tl.int32)
-            # A label out of range is no address: it makes the loss NaN.
+            label = tl.load(labels + b * label_stride)
+            # A label out of range is no address: it makes the loss NaN. Cut off to 32 bits it could be a class.
             in_range = (label >= 0) & (label < K)
+            label = tl.where(in_range | (label == IGNORED), label, -1).to(tl.int32)
             known = t < tl.where(in_range, T, 0)
             z_y = tl.load(z_b + t * stride_t + label * stride_k, known, other=float("nan")).to(tl.float32)
             q_y = tl.load(q_b + label * q_stride, in_range, other=float("nan")).to(tl.float32)

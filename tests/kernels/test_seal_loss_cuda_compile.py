@@ -1,6 +1,7 @@
 """The loss's CUDA kernels through NVRTC, which needs no GPU, and how they are started."""
 
 import contextlib
+import os
 import re
 import sys
 import types
@@ -12,6 +13,7 @@ import torch
 import cuda_host
 from cuda_host_seal_loss import OBJECTIVES, PUBLISHED
 from nvrtc import ARCHITECTURES, compiled, needs_cupy
+from seal_fast.backends import _KERNELS
 from seal_fast.kernels.launch import cupy as launcher
 from seal_fast.kernels.seal_loss import cupy as room
 
@@ -70,12 +72,43 @@ def test_kernels_compile_and_need_no_local_memory(arch, launches):
 @needs_cupy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registers_let_512_samples_run_at_once_on_132_multiprocessors(dtype, launches):
-    """Each has 65,536 registers, and gives them to a warp in steps of eight a thread; an H200 has 132."""
+    """An H200 has 132 of them."""
     for shape in ((4, 512, 10), (4, 512, 100), (4, 512, 1000)):
-        start(*shape, dtype)
-        expression, _, threads, _ = launches.pop()
-        (registers,) = re.findall(r"Used (\d+) registers", compiled(room.SOURCE, [expression], "sm_90")[1])
-        assert 132 * (65536 // (-(-int(registers) // 8) * 8 * threads)) >= 512  # 792 with the 80 registers measured
+        assert 132 * resident(*compiled_for_sm_90(launches, *shape, dtype)) >= 512  # 792 with the 80 registers measured
+
+
+def compiled_for_sm_90(launches, *shape):
+    """Registers of a thread, and threads of a block."""
+    start(*shape)
+    expression, _, threads, _ = launches.pop()
+    (registers,) = re.findall(r"Used (\d+) registers", compiled(room.SOURCE, [expression], "sm_90")[1])
+    return int(registers), threads
+
+
+def resident(registers, threads):
+    """Blocks on a multiprocessor, which has 65,536 registers, and gives them to a warp in steps of eight a thread."""
+    return 65536 // (-(-registers // 8) * 8 * threads)
+
+
+@needs_cupy
+@pytest.mark.parametrize("shape", [(4, 128, 100), (4, 512, 1000)])
+def test_auto_prefers_the_kernel_with_more_resident_warps(shape, launches):
+    """Measured 24 warps, and Triton's 12 and 8; shared memory allows more."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("compiles nothing under TRITON_INTERPRET=1: kernels are interpreted then")
+    from seal_fast.kernels.seal_loss import triton
+    from triton_on_cpu import compiling
+    from triton_on_cpu import registers as registers_of
+
+    registers, threads = compiled_for_sm_90(launches, *shape)
+    tensors = torch.zeros(shape), torch.zeros(shape[1:]), torch.zeros(shape[1], dtype=torch.int64)
+    with compiling(90) as kernels:
+        triton.forward(*tensors, objective="seal", gradient=True, **PUBLISHED)
+    others = registers_of(kernels[0])[0], 32 * kernels[0].metadata.num_warps
+    assert resident(registers, threads) * threads >= 1.5 * resident(*others) * others[1]
+    for operator in ("seal_loss", "selective_alignment_weights"):
+        assert [name for name in _KERNELS[operator] if name in ("triton", "cupy")] == ["cupy", "triton"]
 
 
 @needs_cupy

@@ -5,6 +5,7 @@ import torch
 
 from seal_fast import seal_loss, selective_alignment_weights
 from seal_fast.backends import available
+from seal_fast.kernels.seal_loss import MOST_STEPS
 
 BACKENDS = [name for name in ("triton", "cupy") if name in available("seal_loss")]
 
@@ -38,20 +39,41 @@ def run(logits, teacher_logits, labels, backend, **options):
     ("T", "B", "K"), [(1, 1, 2), (4, 128, 10), (4, 128, 100), (4, 65, 1000), (10, 32, 10), (64, 3, 100), (4, 3, 32768)]
 )
 def test_gpu_loss_equals_float64(gpu_backend, T, B, K, dtype, objective):
-    logits, teacher_logits, labels = inputs(T, B, K, dtype)
+    check(inputs(T, B, K, dtype), gpu_backend, objective)
+
+
+def check(tensors, backend, objective):
+    logits, teacher_logits, labels = tensors
     expected, gradient = run(logits.double(), teacher_logits.double(), labels, "torch", objective=objective)
-    got, got_gradient = run(logits, teacher_logits, labels, gpu_backend, objective=objective)
+    got, got_gradient = run(logits, teacher_logits, labels, backend, objective=objective)
     for left, right in zip(got, expected, strict=True):
         torch.testing.assert_close(left.double(), right, rtol=1e-5, atol=5e-6)
     # Of the largest entry: float32's contract, and half a unit in the last place of 16-bit gradients.
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}[logits.dtype]
     assert (got_gradient.double() - gradient).abs().max() <= tolerance * gradient.abs().max() + 1e-7
 
 
+@pytest.mark.parametrize("objective", ["seal", "kd", "tdkd"])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize(("T", "B", "K"), [(64, 3, 33), (65, 3, 33), (100, 40, 100), (256, 3, 10), (256, 200, 100)])
+def test_many_time_steps_are_right_or_refused(T, B, K, backend, objective):
+    tensors = inputs(T, B, K)
+    if backend == "triton" and T > MOST_STEPS:
+        with pytest.raises(ValueError, match=f"these are {T}"):
+            run(*tensors, backend, objective=objective)
+    else:
+        check(tensors, backend, objective)
+    if backend == "auto":
+        check_weights(tensors[0], backend)
+
+
 def test_gpu_weights_equal_float64(gpu_backend):
-    logits, _, _ = inputs(10, 33, 100)
+    check_weights(inputs(10, 33, 100)[0], gpu_backend)
+
+
+def check_weights(logits, backend):
     expected = selective_alignment_weights(logits.double(), backend="torch")
-    for left, right in zip(selective_alignment_weights(logits, backend=gpu_backend), expected, strict=True):
+    for left, right in zip(selective_alignment_weights(logits, backend=backend), expected, strict=True):
         torch.testing.assert_close(left.double(), right, rtol=1e-5, atol=1e-6)
 
 

@@ -109,12 +109,21 @@ def test_samples_that_do_not_fit_into_registers(T, K, objective):
     check(*inputs(T, 2, K), objective=objective)
 
 
-def test_sixty_four_time_steps_and_no_more():
-    check(*inputs(64, 1, 7))
-    more = inputs(65, 1, 7)
-    with pytest.raises(ValueError, match=r"it takes up to 64 time steps, and these are 65; .*torch can"):
-        seal_fast.seal_loss(*more, alpha=0.6, beta=0.15, backend="triton")
-    with pytest.raises(ValueError, match=r"it takes up to 64 time steps, and these are 65; .*torch can"):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("classes", [None, 4])
+def test_sixty_four_time_steps(objective, classes, monkeypatch):
+    if classes:
+        in_chunks_of(monkeypatch, classes, 64)
+    check(*inputs(64, 1, 7), objective=objective)
+
+
+@pytest.mark.parametrize("T", [65, 100, 256])
+def test_more_time_steps_are_refused(T):
+    more, sentence = inputs(T, 1, 7), rf"it takes up to 64 time steps, and these are {T}; .*torch can"
+    for objective in OBJECTIVES:
+        with pytest.raises(ValueError, match=sentence):
+            seal_fast.seal_loss(*more, alpha=0.6, beta=0.15, objective=objective, backend="triton")
+    with pytest.raises(ValueError, match=sentence):
         seal_fast.selective_alignment_weights(more[0], backend="triton")
 
 
@@ -276,7 +285,7 @@ def test_nan_in_one_sample_is_not_hidden(where, objective):
     assert run(logits, teacher_logits, labels, objective=objective)[0][0].isnan()
 
 
-@pytest.mark.parametrize("label", [5, 2**31 - 1, -1, -(2**31)])
+@pytest.mark.parametrize("label", [5, 2**31 - 1, -1, -(2**31), 2**32 + 1, 2**32 - 100])
 def test_a_label_out_of_range_is_no_address(label):
     logits, teacher_logits, labels = inputs(3, 4, 5)
     labels[1] = label
@@ -345,7 +354,9 @@ def test_a_sweep_of_losses():
     sweep()
 
 
-@pytest.mark.parametrize(("T", "K", "classes"), [(1, 4, None), (2, 2, None), (4, 100, 8), (10, 10, None), (33, 3, 2)])
+@pytest.mark.parametrize(
+    ("T", "K", "classes"), [(1, 4, None), (2, 2, None), (4, 100, 8), (10, 10, None), (33, 3, 2), (64, 7, None)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_and_confidence(T, K, classes, dtype, monkeypatch):
     if classes:
