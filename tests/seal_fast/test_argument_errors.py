@@ -221,7 +221,8 @@ def test_environment_variable_replaces_auto_only(monkeypatch):
 def test_backends_says_what_can_run_here_and_why_not():
     table = backends()
     assert table.keys() == {"lif", "bn_lif", "seal_loss", "selective_alignment_weights"}
-    for row in table.values():
-        assert list(row) == ["triton", "cupy", "cpu", "torch"]
+    for operator, row in table.items():
+        on_gpus = ["triton", "cupy"] if operator in ("lif", "bn_lif") else ["cupy", "triton"]
+        assert list(row) == [*on_gpus, "cpu", "torch"]
         assert row["torch"].available
         assert all(entry.available or entry.reason for entry in row.values())
