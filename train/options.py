@@ -361,7 +361,7 @@ def kernels_of(args: argparse.Namespace) -> dict[str, str]:
     device = torch.device(args.device)
     chosen = {operator: resolve_backend(args.backend, operator, device) for operator in ("lif", "bn_lif")}
     loss = args.backend if args.backend in ("auto", *available("seal_loss")) else "auto"
-    return {**chosen, "seal_loss": resolve_backend(loss, "seal_loss", device)}
+    return {**chosen, "seal_loss": resolve_backend(loss, "seal_loss", device, time_steps=args.T)}
 
 
 def _require(flag: str, value: float, *, at_least: float | None = None, above: float | None = None) -> None:

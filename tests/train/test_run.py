@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import makers
+from seal_fast.backends import _MISSING, _resolve_once
 from seal_fast.train import distill, folder, options, plots, run
 
 
@@ -181,6 +183,21 @@ def test_precisions_and_optimisers_train(more, labels_only, tmp_path):
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["best_net"]
     assert all(value.dtype in (torch.float32, torch.int64) for value in best.values())
     assert best["conv0.1.num_batches_tracked"] == 2  # both steps have been taken
+
+
+@pytest.mark.parametrize(
+    ("T", "installed", "chosen"), [(64, "triton", "triton"), (65, "triton", "torch"), (65, "cupy", "cupy")]
+)
+def test_the_loss_runs_on_kernels_that_take_so_many_time_steps(T, installed, chosen, monkeypatch):
+    monkeypatch.delenv("SEAL_FAST_BACKEND", raising=False)
+    for name in ("triton", "cupy"):
+        monkeypatch.setitem(_MISSING, name, "" if name == installed else "it is not installed")
+    _resolve_once.cache_clear()
+    try:
+        found = options.kernels_of(Namespace(device="cuda", backend="auto", T=T))
+    finally:
+        _resolve_once.cache_clear()
+    assert found == {"lif": installed, "bn_lif": installed, "seal_loss": chosen}
 
 
 def test_last_batch_of_one_is_left_out(tmp_path):
