@@ -159,7 +159,7 @@ def _install_cupy() -> None:
 def _install_backends() -> None:
     backends = importlib.import_module("seal_fast.backends")
     for name in ("_resolve", "_resolve_once"):
-        setattr(backends, name, _resolved_on_gpu(vars(backends)[name]))
+        setattr(backends, name, _resolved_on_gpu(vars(backends)[name], backends._DEVICES))
     for name in ("triton", "cupy"):
         for room in ROOMS:
             module = importlib.import_module(f"seal_fast.kernels.{room}.{name}")
@@ -175,12 +175,17 @@ class _OfType(NamedTuple):
     type: str
 
 
-def _resolved_on_gpu(find):
-    """Chooses a backend as for tensors on a GPU, unless the CPU's kernels are asked for by name."""
+def _resolved_on_gpu(find, devices: dict[str, str]):
+    """Chooses a backend as for tensors on a GPU, unless one is asked for that serves the CPU.
+
+    Args:
+        find: What chooses.
+        devices: Backend -> the type of device that it serves.
+    """
 
     def run(backend, operator, device, dtype, time_steps, default, *settings):
         name = default or "auto" if backend == "auto" else backend
-        place = device if name == "cpu" else _OfType("cuda")
+        place = device if devices.get(name) == "cpu" else _OfType("cuda")
         return find(backend, operator, place, dtype, time_steps, default, *settings)
 
     return run
@@ -194,7 +199,7 @@ def _replaced(kernel, results):
         kernel(*arguments, **options)
         if original is not None:
             arguments[0].copy_(original)
-        options.pop("on_chip", None)  # bytes of a GPU's shared memory
+        options.pop("keep", None)  # in a GPU's shared memory
         return results(*arguments, **options)
 
     return functools.wraps(kernel)(run)

@@ -124,7 +124,8 @@ def use(file: Path, folder: Path, capability: tuple[int, int]) -> tuple[dict[str
         capability: Of the GPU.
 
     Returns:
-        Variables of the environment with which the kernels are found, and what is used and what is not, in words; nothing where there is no file.
+        Variables of the environment with which the kernels are found, and a sentence a backend that says whether its
+        kernels are used; both are empty where there is no file.
     """
     if not file.exists():
         return {}, ""

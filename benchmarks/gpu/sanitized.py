@@ -50,9 +50,10 @@ def bn_lif(backend: str) -> None:
 
 
 def seal_loss(backend: str) -> None:
-    """Loss, gradient and weights: each dtype, on the chip and in two sweeps."""
+    """Loss, gradient and weights: each dtype, in shared memory, in two sweeps, and with CuPy in a workspace."""
+    shapes = [(4, 9, 10), (1, 2, 3), (4, 3, 1001), (3, 2, 32768), *([(240, 2, 10)] if backend == "cupy" else [])]
     for dtype in (torch.float32, torch.bfloat16):
-        for T, B, K in ((4, 9, 10), (1, 2, 3), (4, 3, 1001), (3, 2, 32768)):
+        for T, B, K in shapes:
             logits = torch.randn(T, B, K, device=DEVICE).to(dtype).requires_grad_()
             labels = torch.randint(0, K, (B,), device=DEVICE)
             teacher_logits = torch.randn(B, K, device=DEVICE)
