@@ -188,6 +188,7 @@ def _resolved_on_gpu(find, devices: dict[str, str]):
         place = device if devices.get(name) == "cpu" else _OfType("cuda")
         return find(backend, operator, place, dtype, time_steps, default, *settings)
 
+    run.cache_clear = getattr(find, "cache_clear", None)
     return run
 
 
