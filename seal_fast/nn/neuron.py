@@ -376,9 +376,13 @@ _NOT_KEPT = (
 def _exporting() -> bool:
     """Whether torch.export is tracing; an exported program starts each call where this one does.
 
-    torch 2.6 cannot be asked in its strict mode: there a reset after the export is needed.
+    The flag behind `torch.compiler.is_exporting` is read, because Dynamo takes the function itself for True in every
+    torch.compile of some releases, torch 2.11 among them. torch 2.6 has neither and cannot be asked in strict mode:
+    there a reset after the export is needed.
     """
     compiler = torch.compiler
+    if hasattr(compiler, "_is_exporting_flag"):
+        return compiler._is_exporting_flag
     if hasattr(compiler, "is_exporting"):
         return compiler.is_exporting()
     return compiler.is_compiling() and not compiler.is_dynamo_compiling()
