@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import struct
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -69,12 +70,22 @@ def build(text: str, expression: str, arch: str) -> tuple[str, bytes]:
     try:
         nvrtc.addNameExpression(program, expression)
         nvrtc.compileProgram(program, (*OPTIONS, f"--gpu-architecture={arch}"))
-        code = nvrtc.getCUBIN(program) if arch.startswith("sm_") else nvrtc.getPTX(program)
+        code = _whole(nvrtc.getCUBIN(program)) if arch.startswith("sm_") else nvrtc.getPTX(program)
         return nvrtc.getLoweredName(program, expression), code.encode() if isinstance(code, str) else code
     except nvrtc.NVRTCError as error:
         raise RuntimeError(f"NVRTC cannot compile {expression}:\n{nvrtc.getProgramLog(program)}") from error
     finally:
         nvrtc.destroyProgram(program)
+
+
+def _whole(cubin: bytes) -> bytes:
+    """The cubin with its last byte, which CuPy cuts off, as of 14.2, as if it ended a string.
+
+    A cubin ends with one of its two tables of headers, and that with the highest byte of a 64-bit number: zero.
+    """
+    starts = struct.unpack_from("<QQ", cubin, 0x20)  # of program headers and of section headers
+    size, count, section_size, sections = struct.unpack_from("<4H", cubin, 0x36)
+    return cubin.ljust(max(starts[0] + size * count, starts[1] + section_size * sections), b"\0")
 
 
 def cached(path: Path, expression: str, arch: str) -> tuple[str, bytes]:

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import re
+import struct
+import subprocess
 import sys
 import threading
 import types
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nvrtc import ARCHITECTURES, compiled, needs_cupy
+from nvrtc import ARCHITECTURES, CUOBJDUMP, compiled, needs_architecture, needs_cupy
 from seal_fast.kernels.launch import cupy as launcher
 from seal_fast.kernels.lif import cupy as room
 from seal_fast.kernels.neuron.options import Options
@@ -69,6 +71,26 @@ def test_division_by_tau_is_the_ieee_one():
     assert ptx.count("div.rn.f32") == 16
     assert "div.approx" not in ptx
     assert "div.full" not in ptx
+
+
+@needs_cupy
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_cubin_is_whole(arch, tmp_path):
+    needs_architecture(arch)
+    forward = launched(torch.float32, 4)[0]
+    symbol, cubin = launcher.build(launcher.source(room.SOURCE), forward, arch)
+    ends = [len(cubin)]
+    for start, shape in ((0x20, 0x36), (0x28, 0x3A)):  # of the tables of program and of section headers
+        size, count = struct.unpack_from("<HH", cubin, shape)
+        ends.append(struct.unpack_from("<Q", cubin, start)[0] + size * count)
+    assert ends[0] == max(ends[1:])
+    if CUOBJDUMP is None:
+        pytest.skip("cuobjdump, which comes with Triton, is not installed")
+    (tmp_path / "kernel.cubin").write_bytes(cubin)
+    command = [CUOBJDUMP, "-res-usage", tmp_path / "kernel.cubin"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"Function {symbol}:" in result.stdout
 
 
 @needs_cupy

@@ -16,12 +16,29 @@ needs_cupy = pytest.mark.skipif(
 )
 
 
-def compiled(source: Path, expressions: list[str], arch: str) -> tuple[str, str]:
-    """PTX of a file's kernels, and what the assembler says of them; skips where NVRTC is older than the GPU."""
+def _cuobjdump() -> Path | None:
+    """NVIDIA's tool that reads cubins, which Triton brings along."""
+    triton = importlib.util.find_spec("triton")
+    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton else None
+    return tool if tool and tool.exists() else None
+
+
+CUOBJDUMP = _cuobjdump()
+
+
+def needs_architecture(arch: str) -> None:
+    """Skip where NVRTC is older than the GPU."""
     from cupy.cuda import nvrtc
 
     if int(arch.removeprefix("sm_")) not in nvrtc.getSupportedArchs():
         pytest.skip(f"NVRTC {nvrtc.getVersion()} is older than {arch} and does not compile for it")
+
+
+def compiled(source: Path, expressions: list[str], arch: str) -> tuple[str, str]:
+    """PTX of a file's kernels, and what the assembler says of them; skips where NVRTC is older than the GPU."""
+    from cupy.cuda import nvrtc
+
+    needs_architecture(arch)
     program = nvrtc.createProgram(launcher.source(source), "kernel.cu", (), ())
     for expression in expressions:
         nvrtc.addNameExpression(program, expression)
