@@ -56,7 +56,7 @@ def check(function, x, upstream, dtype):
     """No figure for what computes something else: a contestant's spikes and gradients against the float32 loop."""
     x, upstream = x[:, :1].detach(), upstream[:, :1]
     leaves = x.clone().requires_grad_(), x.float().requires_grad_()
-    spikes, expected = function(leaves[0]), CONTESTANTS["torch loop"](leaves[1])
+    spikes, expected = function(leaves[0]), peers.loop(OPTIONS, leaves[1])
     differing = (spikes.float() != expected).double().mean().item()
     # Others keep a bfloat16 state, which moves potentials across the threshold.
     assert differing <= (0.02 if dtype == torch.bfloat16 else 1e-5)

@@ -87,22 +87,26 @@ def test_parts(benchmark, report, timed, seconds, facts, tiny, contestant):
     group = f"parts of a training step, {CASE}"
     key = f"{group}, {contestant}"
 
-    def race():
+    def race(entrants, failed):
         torch.backends.cudnn.benchmark = True  # for every contestant alike
         problem = Problem(CASES[CASE].tiny() if tiny else CASES[CASE], measure.device())
         parts = parts_of(problem, CONTESTANTS[contestant][0](problem), contestant)
         for name in PARTS:
-            measure.synchronised(parts[name])()
-        facts.setdefault(key, []).extend(data_waits(problem, parts["step"], 1 if tiny else 2))
-        return measure.race(parts, seconds)
+            with measure.noting(failed, name):
+                measure.synchronised(parts[name])()
+        waits = data_waits(problem, parts["step"], 1 if tiny else 2)
+        times = measure.race({name: parts[name] for name in entrants if name not in failed}, seconds, failed=failed)
+        facts.setdefault(key, []).extend(waits)
+        return times
 
     benchmark.group = group
-    times = timed(key, race, "step")
+    benchmark.extra_info["contestant"] = contestant
+    times = timed(SECTION, group, ["step", *PARTS], race, "step", key=key, shown=contestant, alone=False)
     parts = [times[name] for name in PARTS]
     rest = [step - sum(others) for step, *others in zip(times["step"], *parts, strict=True)]
     rounds = {**dict(zip(PARTS, parts, strict=True)), "rest": rest, "data wait": facts[key]}
     shown = {name: figures.figure(values) for name, values in rounds.items()}
     noted = {f"{name.replace(' ', '_')}_seconds": value for name, value in shown.items()}
-    benchmark.extra_info.update(contestant=contestant, **noted)
+    benchmark.extra_info.update(noted)
     cells = ", ".join(f"{name} {value.shown('.1f', 1e3)}" for name, value in shown.items())
     report(SECTION, group, f"  {contestant:28s} {benchmark.extra_info['time'].shown('8.1f', 1e3)} = {cells}")

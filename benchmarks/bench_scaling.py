@@ -33,8 +33,8 @@ def steps_of_lif(T: int = 4, B: int = 8, C: int = 64):
     """Neurons of [T, B, C, 16, 16]."""
     x = torch.randn(T, B, C, 16, 16, device=measure.device())
     contestants = peers.lif(measure.device(), OPTIONS)
-    functions = {"ours": next(iter(contestants.values())), "peer": contestants[PEER]}
-    return _forward_and_backward(x, functions)
+    makers = {"ours": lambda: next(iter(contestants.values())), "peer": lambda: contestants[PEER]}
+    return _forward_and_backward(x, makers)
 
 
 def steps_of_loss(T: int = 4, B: int = 128, K: int = 100):
@@ -42,11 +42,11 @@ def steps_of_loss(T: int = 4, B: int = 128, K: int = 100):
     device = measure.device()
     logits, teacher_logits = torch.randn(T, B, K, device=device) * 3, torch.randn(B, K, device=device) * 3
     labels = torch.randint(0, K, (B,), device=device)
-    functions = {
-        "ours": lambda z: seal_fast.seal_loss(z, teacher_logits, labels, **WEIGHTS).loss,
-        "peer": lambda z: published_loss.seal_loss(z, teacher_logits, labels, **WEIGHTS),
+    makers = {
+        "ours": lambda: lambda z: seal_fast.seal_loss(z, teacher_logits, labels, **WEIGHTS).loss,
+        "peer": lambda: lambda z: published_loss.seal_loss(z, teacher_logits, labels, **WEIGHTS),
     }
-    return _forward_and_backward(logits, functions)
+    return _forward_and_backward(logits, makers)
 
 
 class Chain(nn.Module):
@@ -67,23 +67,33 @@ def steps_of_network(T: int = 4, blocks: int = 2):
     device = measure.device()
     spikes = (torch.rand(T * 4, 32, 16, 16, device=device) < 0.2).float()
     neuron = functools.partial(Neuron, tau=2.0, decay_input=False)
-    ours = Chain([Block(32, 32, 1, neuron) for _ in range(blocks)], T).to(device, memory_format=torch.channels_last)
     looped = functools.partial(published.LoopedLIF, 2.0, T)
-    peer = Chain([published.Block(32, 32, 1, looped) for _ in range(blocks)]).to(device)
+
+    def ours():
+        chain = Chain([Block(32, 32, 1, neuron) for _ in range(blocks)], T)
+        return chain.to(device, memory_format=torch.channels_last)
+
+    def peer():
+        return Chain([published.Block(32, 32, 1, looped) for _ in range(blocks)]).to(device)
+
     return _forward_and_backward(spikes, {"ours": ours, "peer": peer})
 
 
-def _forward_and_backward(x: torch.Tensor, functions: dict):
+def _forward_and_backward(x: torch.Tensor, makers: dict):
     leaf = x.requires_grad_()
 
+    @functools.cache
+    def function(name):
+        return makers[name]()
+
     def step(name):
-        output = functions[name](leaf)
+        output = function(name)(leaf)
         output = output if output.dim() == 0 else output.sum()
         return torch.autograd.grad(output, leaf)
 
     def kept(name):
-        parameters = functions[name].parameters() if isinstance(functions[name], nn.Module) else ()
-        return measure.kept_bytes(lambda: functions[name](leaf), parameters)
+        parameters = function(name).parameters() if isinstance(function(name), nn.Module) else ()
+        return measure.kept_bytes(lambda: function(name)(leaf), parameters)
 
     return step, kept
 
@@ -130,6 +140,6 @@ def test_scaling(contest, benchmark, studied, tiny, study, size, contestant):
         shown=name,
         study=study,
         size=size,
-        kept_bytes=kept(contestant),
     )
+    benchmark.extra_info["kept_bytes"] = kept(contestant)
     studied.setdefault(study, {}).setdefault(name, {})[size] = benchmark.extra_info["time"]

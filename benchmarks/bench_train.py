@@ -12,6 +12,7 @@ finds the peak memory, as this command does:
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -35,34 +36,37 @@ STRETCH = {"cpu": 1, "cuda": 5}
 LOSS = {torch.float32: 2e-2, torch.bfloat16: 1e-1}
 
 
-def compete(case: Case, contestants: list[str], facts: dict, seconds: float, stretch: int) -> dict[str, list[float]]:
+def compete(
+    case: Case, contestants: list[str], failed: dict, facts: dict, seconds: float, stretch: int
+) -> dict[str, list[float]]:
     """Make steps, see that all compute the same, and time them in turn.
 
     Args:
         case: What they train.
         contestants: Their names.
+        failed: Gets the `measure.Failure` of each that raises, which does not keep the others from being timed.
         facts: What is known of them, by contestant and quantity; is filled with what was missing, of full steps only:
             the note, bytes kept for backward per neuron-step and, on a GPU, bytes at the peak.
         seconds: For how long each is timed.
         stretch: Steps between two waits for the device.
 
     Returns:
-        Contestant -> seconds of a step, unless the GPU has too little memory.
+        Contestant -> seconds of a step.
     """
     device = measure.device()
     torch.backends.cudnn.benchmark = True  # for every contestant alike
     problem = Problem(case, device)
-    first_loss = CONTESTANTS["published, eager"][0](problem).forward().item()
+    expected = first_loss(problem, contestants)
     steps = {}
     for contestant in contestants:
         build, dtype = CONTESTANTS[contestant]
         known = facts.setdefault(contestant, {})
-        try:
+        with measure.noting(failed, contestant):
             before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
             step = build(problem, **({"neurons": known["note"]} if known.get("note") else {}))
             loss = step()
             if isinstance(step, Step):
-                assert abs(loss.item() / first_loss - 1) < LOSS[dtype], f"{contestant}: {loss}, published {first_loss}"
+                assert abs(loss.item() / expected - 1) < LOSS[dtype], f"first loss {loss}, expected {expected}"
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                     step()
@@ -72,13 +76,23 @@ def compete(case: Case, contestants: list[str], facts: dict, seconds: float, str
                     known["kept_bytes"] = measure.kept_bytes(step.forward, apart) / problem.recorded[1]
                 known["note"] = step.note
             steps[contestant] = step
-        except torch.cuda.OutOfMemoryError:
-            continue
     stretches = {name: lambda step=step: [step() for _ in range(stretch)] for name, step in steps.items()}
-    for step in steps.values():
-        step()  # in the first turn the system gives what memory the steps after each other need
-    raced = measure.race(stretches, seconds)
+    for name, step in steps.items():
+        with measure.noting(failed, name):
+            step()  # in the first turn the system gives what memory the steps after each other need
+    entrants = {name: run for name, run in stretches.items() if name not in failed}
+    raced = measure.race(entrants, seconds, failed=failed)
     return {name: [seconds / stretch for seconds in times] for name, times in raced.items()}
+
+
+def first_loss(problem: Problem, contestants: list[str]) -> float:
+    """What the loss of each contestant has to be: the published one or, where that raises, the next contestant's."""
+    for name in dict.fromkeys(("published, eager", *contestants)):
+        with measure.noting({}, name):
+            step = CONTESTANTS[name][0](problem)
+            if isinstance(step, Step):
+                return step.forward().item()
+    return math.nan
 
 
 def peak_bytes(name: str, contestant: str, note: str, *, tiny: bool = False) -> int | None:
@@ -86,7 +100,9 @@ def peak_bytes(name: str, contestant: str, note: str, *, tiny: bool = False) -> 
     if measure.resident_bytes() is None:
         return None
     arguments = [name, contestant, note, *(["--tiny"] if tiny else [])]
-    result = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"the process that finds the peak memory ended with {result.returncode}:\n{result.stderr}")
     return int(result.stdout.split()[-1])
 
 
@@ -111,20 +127,21 @@ def test_step(request, benchmark, report, timed, seconds, facts, tiny, name, con
     group += f"{batch} x {[case.channels, case.size, case.size]}"
     known = facts.setdefault(group, {})
 
-    def race():
-        chosen = [item.callspec.params for item in request.session.items if item.originalname == "test_step"]
-        contestants = [params["contestant"] for params in chosen if params["name"] == name]
-        return compete(case, contestants, known, seconds, 1 if tiny else STRETCH[device])
+    chosen = [item.callspec.params for item in request.session.items if item.originalname == "test_step"]
+    contestants = [params["contestant"] for params in chosen if params["name"] == name]
+
+    def race(entrants, failed):
+        return compete(case, entrants, failed, known, seconds, 1 if tiny else STRETCH[device])
 
     benchmark.group = group
-    times = timed(group, race, contestant)
+    benchmark.extra_info["contestant"] = contestant
+    times = timed(SECTION, group, contestants, race, contestant)
     own = known[contestant]
     if device == "cpu" and not tiny and contestant not in FLOORS.values() and "peak_bytes" not in own:
         own["peak_bytes"] = peak_bytes(name, contestant, own["note"])
     floor = FLOORS[CONTESTANTS[contestant][1]]
     extra = benchmark.extra_info
     extra.update(
-        contestant=contestant,
         note=own.get("note", ""),
         time_of_floor=figures.ratio(times[contestant], times[floor]) if floor in times.keys() - {contestant} else None,
         peak_bytes=own.get("peak_bytes"),
@@ -137,9 +154,10 @@ def line(batch: int, extra: dict) -> str:
     """A row of the printed table."""
     names = ("time_of_first", "time_of_floor", "peak_bytes", "kept_bytes_per_neuron_step")
     of_first, of_floor, peak, kept = (extra.get(name) for name in names)
+    alone = "  1.00" if extra["contestant"] == extra["first"] else "     -"
     cells = [
         f"  {extra['contestant']:28s} {extra['time'].inverse().shown('8.1f', batch):26s}",
-        f"{of_first.inverse().shown('6.2f') if of_first else '  1.00':22s} of 1st",
+        f"{of_first.inverse().shown('6.2f') if of_first else alone:22s} of 1st",
         f"{of_floor.shown('6.2f'):22s} of floor" if of_floor else " " * 31,
         f"{peak / 2**20:8.0f} MiB" if peak else " " * 12,
         f"{kept:5.1f} B" if kept else " " * 7,

@@ -14,7 +14,7 @@ import measure
 from seal_fast import reuse_freed_memory
 
 TABLES = pytest.StashKey[dict]()  # section, "title; what its columns are" -> group -> lines
-POOL = pytest.StashKey[dict]()  # what was measured: see --pool
+POOL = pytest.StashKey[dict]()  # what was measured, and what raised: see --pool
 RACED = pytest.StashKey[set]()  # keys of what this run has timed
 SECTION = (
     "kernels; time: median (range of all but the outer tenths), best; x: times that of the first in the same round; "
@@ -39,7 +39,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     path = config.getoption("--pool")
     known = path is not None and path.exists()
-    config.stash[POOL] = json.loads(path.read_text(encoding="utf-8")) if known else {"times": {}, "facts": {}}
+    new = {"times": {}, "facts": {}, "failed": {}}
+    config.stash[POOL] = json.loads(path.read_text(encoding="utf-8")) if known else new
     config.stash[TABLES], config.stash[RACED] = {}, set()
     reuse_freed_memory()  # for every contestant alike
 
@@ -82,34 +83,61 @@ def facts(request) -> dict:
 
 
 @pytest.fixture
-def timed(request, benchmark):
+def timed(request, benchmark, report):
     """Has contestants timed in turn, once in a run, and hands the times of one to pytest-benchmark."""
 
-    def run(key, race, contestant) -> dict[str, list[float]]:
+    def run(section, group, contestants, race, contestant, *, key=None, shown=None, alone=True) -> dict[str, list]:
         """Seconds by contestant, of all runs of the pool.
 
+        A contestant that raised in one of them has no times: its test fails with its error, and the table says why.
+
         Args:
-            key: What is raced. The first test with it calls `race`, the others see the same times.
-            race: Returns seconds by contestant, of those that fit into memory.
+            section: Of the table.
+            group: What is raced.
+            contestants: All of them, the first of them being the one that the others are compared with.
+            race: Is called by the first test of the group, with the contestants and a dict for the `measure.Failure` of
+                each that raises; returns seconds by contestant of the others.
             contestant: Whose times are this benchmark's: they, and how they compare with the first's, are noted.
+            key: What is raced, where that is not the group.
+            shown: The contestant's name in the table.
+            alone: Whether its figures need no other contestant's times.
         """
-        runs = request.config.stash[POOL]["times"].setdefault(key, [])
+        pool, key = request.config.stash[POOL], key or group
+        runs, failed = pool["times"].setdefault(key, []), pool["failed"].setdefault(key, {})
         if key not in request.config.stash[RACED]:
-            runs.append(race())
             request.config.stash[RACED].add(key)
+            entrants, found = [name for name in contestants if name not in failed], {}
+            try:
+                runs.append(race(entrants, found))
+            except Exception as error:  # before the first contestant's turn
+                runs.append({})
+                found = dict.fromkeys(entrants, measure.Failure.of(error))
+            failed.update(found)
+        for name in [contestant] if alone else contestants:
+            if name in failed:
+                _no_figures(report, section, group, shown or contestant, measure.Failure(*failed[name]))
         names = [name for name in runs[0] if all(name in times for times in runs)]
         if contestant not in names:
-            # A contestant that does not fit has no figures; the others, which do, are still compared.
-            pytest.skip("the GPU has too little memory")
+            pytest.skip("not every run of the pool has timed it")
         raced = {name: [seconds for times in runs for seconds in times[name]] for name in names}
         measure.readings = itertools.chain.from_iterable((0.0, seconds) for seconds in raced[contestant])
         benchmark.pedantic(lambda: None, rounds=len(raced[contestant]))
-        benchmark.extra_info.update(first=names[0], time=figures.figure(raced[contestant]))
-        if contestant != names[0]:
-            benchmark.extra_info["time_of_first"] = figures.ratio(raced[contestant], raced[names[0]])
+        first = contestants[0]
+        benchmark.extra_info.update(first=first, time=figures.figure(raced[contestant]))
+        if first in names and contestant != first:
+            benchmark.extra_info["time_of_first"] = figures.ratio(raced[contestant], raced[first])
         return raced
 
     return run
+
+
+def _no_figures(report, section: str, group: str, contestant: str, failure: measure.Failure) -> None:
+    """End the test of a contestant that raised, and say so in the table."""
+    if failure.out_of_memory:
+        report(section, group, f"  {contestant:28s} has no figures: the GPU has too little memory")
+        pytest.skip("the GPU has too little memory")
+    report(section, group, f"  {contestant:28s} failed: {failure.line()}")
+    pytest.fail(f"{failure.reason}\n\n{failure.trace}", pytrace=False)
 
 
 @pytest.fixture
@@ -117,13 +145,18 @@ def contest(request, benchmark, report, timed, seconds):
     """Times the contestants of a group in turn, and shows one: its time, and how near that is to the least possible."""
 
     def run(group, contestant, prepare, *, floor_bytes=None, tensor_bytes=None, shown=None, **facts):
+        name, extra, contestants = shown or contestant, benchmark.extra_info, _contestants(request)
         benchmark.group = group
-        times = timed(group, lambda: _race(prepare, _contestants(request), tensor_bytes, seconds), contestant)
-        name, own, extra = shown or contestant, times[contestant], benchmark.extra_info
         extra.update(contestant=name, **facts)
+
+        def race(entrants, failed):
+            return _race(prepare, entrants, failed, tensor_bytes, seconds)
+
+        times = timed(SECTION, group, contestants, race, contestant, shown=name)
+        own, relative = times[contestant], extra.get("time_of_first")
         cells = f"{extra['time'].shown('9.3f', 1e3)} ms, best {1e3 * min(own):.3f}"
-        relative = extra.get("time_of_first")
-        line = f"  {name:28s} {cells:50s} {relative.shown('7.2f') if relative else '1.00':>7s} x"
+        of_first = "1.00" if contestant == contestants[0] else relative.shown("7.2f") if relative else "-"
+        line = f"  {name:28s} {cells:50s} {of_first:>7s} x"
         if COPY in times:
             share = figures.ratio(times[COPY], own, floor_bytes / (2 * tensor_bytes))
             extra["share_of_copy_bandwidth"] = share
@@ -144,17 +177,17 @@ def _contestants(request) -> list[str]:
     ]
 
 
-def _race(prepare, contestants: list[str], tensor_bytes: int | None, seconds: float) -> dict[str, list[float]]:
+def _race(
+    prepare, contestants: list[str], failed: dict, tensor_bytes: int | None, seconds: float
+) -> dict[str, list[float]]:
     """Makes the steps of contestants, and a copy of `tensor_bytes` where there are: seconds of each of their calls."""
     steps, make = {}, prepare()
     for contestant in [*contestants, *([COPY] if tensor_bytes is not None else [])]:
-        try:
+        with measure.noting(failed, contestant):
             step = measure.copying(tensor_bytes) if contestant == COPY else make(contestant)
             measure.synchronised(step)()
             steps[contestant] = step
-        except torch.cuda.OutOfMemoryError:
-            continue
-    return measure.race(steps, seconds, turn=min(seconds / 10, 0.02))
+    return measure.race(steps, seconds, turn=min(seconds / 10, 0.02), failed=failed)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import math
 import platform
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -74,8 +77,48 @@ def replay() -> float:
     return next(readings)
 
 
+class Failure(NamedTuple):
+    """Why a contestant has no figures. It is text alone: an exception would keep the tensors of its frames.
+
+    Attributes:
+        reason: Type and text of what it raised.
+        trace: Where it was raised.
+        out_of_memory: Whether the GPU has too little memory for it.
+    """
+
+    reason: str
+    trace: str
+    out_of_memory: bool
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """The failure that an exception stands for."""
+        text = "".join(traceback.format_exception(error))
+        return cls(f"{type(error).__name__}: {error}", text, isinstance(error, torch.cuda.OutOfMemoryError))
+
+    def line(self, width: int = 120) -> str:
+        """The reason in one line of at most `width` characters."""
+        text = " ".join(self.reason.split())
+        return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+@contextlib.contextmanager
+def noting(failed: dict[str, Failure] | None, name: str):
+    """Put what the block raises into `failed` under the contestant's name, and go on; None lets it pass."""
+    try:
+        yield
+    except Exception as error:
+        if failed is None:
+            raise
+        failed[name] = Failure.of(error)
+
+
 def race(
-    steps: dict[str, Callable[[], object]], seconds: float, least: int = 3, turn: float = 0.0
+    steps: dict[str, Callable[[], object]],
+    seconds: float,
+    least: int = 3,
+    turn: float = 0.0,
+    failed: dict[str, Failure] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of a call of each step, in turns, so that a drift of the machine's speed hits all alike.
 
@@ -85,18 +128,24 @@ def race(
         least: How many rounds there are at the least.
         turn: How long a step's turn takes at the least, in seconds; 0 for one call. The step before leaves other data
             in the caches, and sleeping threads, which one call of a short step would pay for.
+        failed: Gets the failure of each step that raises, which leaves the race and has no times; without it the error
+            is raised.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    calls = dict.fromkeys(steps, 1)
-    if turn:
-        calls = {name: math.ceil(turn / _seconds(synchronised(step))) for name, step in steps.items()}
+    calls: dict[str, int] = {}
+    for name, step in steps.items():
+        with noting(failed, name):
+            calls[name] = math.ceil(turn / _seconds(synchronised(step))) if turn else 1
+    times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds * len(steps)
     for done in range(500):
         if done >= least and time.perf_counter() > end:
             break
-        for name, step in steps.items():
-            run = synchronised(lambda step=step, name=name: [step() for _ in range(calls[name])])
-            times[name].append(_seconds(run) / calls[name])
+        for name in [*times]:
+            run = synchronised(lambda name=name: [steps[name]() for _ in range(calls[name])])
+            with noting(failed, name):
+                times[name].append(_seconds(run) / calls[name])
+            if failed and name in failed:
+                del times[name]
     return times
 
 

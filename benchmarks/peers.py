@@ -24,9 +24,8 @@ def lif(device: torch.device, options: dict) -> dict[str, Callable[[torch.Tensor
     for name in ("triton", "cupy", "cpu"):
         if _runs("lif", name, device):
             found[f"seal-fast {name}"] = functools.partial(_ours, name, options)
-    loop = functools.partial(_loop, options)
-    found["torch loop"] = loop
-    found["torch.compile of it"] = torch.compile(loop, dynamic=False)
+    found["torch loop"] = functools.partial(loop, options)
+    found["torch.compile of it"] = torch.compile(found["torch loop"], dynamic=False)
     found.update(_spikingjelly(device, options))
     return found
 
@@ -59,7 +58,7 @@ def _ours(backend, options, x):
     return seal_fast.lif(x, backend=backend, return_v_last=False, **options)[0]
 
 
-def _loop(options, x):
+def loop(options: dict, x: torch.Tensor) -> torch.Tensor:
     """The neuron as its users write it: a loop over T in the precision of the input."""
     v = torch.zeros_like(x[0])
     spikes = []
@@ -85,10 +84,8 @@ def _spikingjelly(device, options, float32_state=False):
     """
     if not has_spikingjelly():
         return {}
-    try:
-        from spikingjelly.activation_based import functional, neuron, surrogate
-    except Exception as error:  # what it needs is missing: a contestant that raises, when it is called
-        return {"SpikingJelly": functools.partial(_raise, error)}
+    from spikingjelly.activation_based import functional, neuron, surrogate
+
     version = importlib.metadata.version("spikingjelly")
     names = {"sigmoid": surrogate.Sigmoid, "atan": surrogate.ATan}
     arguments = {**options, "surrogate_function": names[options["surrogate"]](), "step_mode": "m"}
@@ -101,10 +98,12 @@ def _spikingjelly(device, options, float32_state=False):
             backends = [{"backend": "torch"}, {"backend": "cupy"}, {"backend": "triton"}]
 
     def contestant(backend):
-        made = functools.cache(lambda: neuron.LIFNode(**arguments, **backend).to(device))
+        @functools.cache
+        def made():
+            return neuron.LIFNode(**arguments, **backend).to(device)
 
         def run(x):
-            node = made()
+            node = made()  # not before: one that cannot be made would raise for all contestants
             functional.reset_net(node)
             if float32_state:
                 node.v = torch.zeros(x.shape[1:], device=x.device)
@@ -113,10 +112,6 @@ def _spikingjelly(device, options, float32_state=False):
         return run
 
     return {" ".join(["SpikingJelly", version, *backend.values()]): contestant(backend) for backend in backends}
-
-
-def _raise(error, _x):
-    raise error
 
 
 class _Rows(nn.Module):

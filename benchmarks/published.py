@@ -169,6 +169,15 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
+def logits(student: nn.Module, teacher: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the student [T, B, K] and of the teacher [B, K], for inputs as in `Distillation`."""
+    events = inputs.dim() == 5
+    with torch.no_grad():
+        seen = inputs.mean(1) if events else inputs
+        teacher_logits = teacher(seen.to(next(teacher.parameters()).dtype))
+    return student(inputs.transpose(0, 1) if events else inputs), teacher_logits
+
+
 @dataclass
 class Distillation:
     """A student and a teacher in evaluation mode: inputs and labels -> the loss, in the precision of `amp`."""
@@ -180,12 +189,8 @@ class Distillation:
 
     def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Images [B, C, H, W] or events [B, T, C, H, W], of which the teacher sees the mean over T; labels [B]."""
-        events = inputs.dim() == 5
-        dtype = next(self.teacher.parameters()).dtype
         with torch.autocast(inputs.device.type, dtype=self.amp, enabled=self.amp is not None):
-            with torch.no_grad():
-                teacher_logits = self.teacher((inputs.mean(1) if events else inputs).to(dtype))
-            logits = self.student(inputs.transpose(0, 1) if events else inputs)
+            of_student, teacher_logits = logits(self.student, self.teacher, inputs)
         if self.amp is not None:
-            logits, teacher_logits = logits.float(), teacher_logits.float()
-        return published_loss.seal_loss(logits, teacher_logits, labels, **self.weights)
+            of_student, teacher_logits = of_student.float(), teacher_logits.float()
+        return published_loss.seal_loss(of_student, teacher_logits, labels, **self.weights)

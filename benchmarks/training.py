@@ -91,7 +91,7 @@ class Problem:
             if isinstance(module, published.LoopedLIF):
                 module.register_forward_hook(lambda module, arguments, output: spikes.append(output.numel()))
         with floors.recorded(student, self.teacher) as layers:
-            published.Distillation(student, self.teacher, WEIGHTS)(self.inputs, self.labels)
+            published.logits(student, self.teacher, self.inputs)
         return layers, sum(spikes)
 
 
@@ -196,11 +196,14 @@ def control(problem: Problem, neurons: str | None = None) -> Step:
     """
     layers = peers.spikingjelly_layers(problem.device, problem.case.tau, problem.case.T)
     if neurons is None:
-        seconds = {}
+        seconds, failed = {}, {}
         for name, neuron in layers.items():
-            step = _control(problem, neuron)
-            step()
-            seconds[name] = min(measure.race({name: step}, 0.0, least=2)[name])
+            with measure.noting(failed, name):
+                step = _control(problem, neuron)
+                step()
+                seconds[name] = min(measure.race({name: step}, 0.0, least=2)[name])
+        if not seconds:
+            raise RuntimeError("; ".join(f"{name}: {failure.reason}" for name, failure in failed.items()))
         neurons = min(seconds, key=seconds.get)
     step = _control(problem, layers[neurons])
     step.note = neurons
