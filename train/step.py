@@ -89,9 +89,9 @@ class Step:
 class GraphedStep(Step):
     """A step that is captured in a CUDA graph, so that the host launches one thing instead of a thousand.
 
-    The first batches of the most frequent size are trained on as ever, while libraries choose their kernels; then the
-    step is captured, and replayed on copies of the batches. Batches of another size, as the last of an epoch may be,
-    are never captured. What a replay returns is overwritten by the next.
+    Batches of the most frequent size are copied to one place. The first of them are trained on as ever, while kernels
+    compile and libraries choose theirs; then the step is captured, and replayed. Batches of another size, as the last
+    of an epoch may be, are never captured. What a replay returns is overwritten by the next.
     """
 
     WARM_UP = 3  # steps before the capture
@@ -110,11 +110,11 @@ class GraphedStep(Step):
             self.batch = torch.empty_like(inputs), torch.empty_like(labels)
         if any(held.shape != given.shape for held, given in zip(self.batch, (inputs, labels), strict=True)):
             return super().__call__(inputs, labels)
-        self.steps += 1
-        if self.steps <= self.WARM_UP:
-            return self._warm_up(inputs, labels)
         for held, given in zip(self.batch, (inputs, labels), strict=True):
             held.copy_(given)
+        self.steps += 1
+        if self.steps <= self.WARM_UP:
+            return self._warm_up(*self.batch)
         if self.replay is None:
             self.replay = self._capture(self._captured)
         self.replay()
@@ -124,7 +124,7 @@ class GraphedStep(Step):
         self.outcome = Step.__call__(self, *self.batch)
 
     def _warm_up(self, inputs: Tensor, labels: Tensor) -> Outcome:
-        """On a stream of its own, as a capture will be."""
+        """On a stream of its own, as a capture will be, and on the very tensors: kernels depend on their layout."""
         stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from graphs import captured
 from seal_fast import lif
 from seal_fast.backends import available
 
@@ -30,11 +31,11 @@ def test_large_gpu_tensors_equal_the_reference(gpu_backend, steps, dtype):
     x = torch.randn(steps, 3, 7, 12_345, device="cuda").to(dtype)
     upstream = torch.randn_like(x)
     got, expected = (both(x, upstream, backend) for backend in (gpu_backend, "torch"))
-    assert torch.equal(got[0], expected[0])
-    assert torch.equal(got[1], expected[1])
+    torch.testing.assert_close(got[:2], expected[:2], rtol=0, atol=0)  # says how many differ, and by how much
     # One unit in the last place of the result's dtype, relative to the largest entry.
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-    assert (got[2].float() - expected[2].float()).abs().max() <= tolerance * expected[2].float().abs().max()
+    error = (got[2].float() - expected[2].float()).abs().max() / expected[2].float().abs().max()
+    assert error.item() <= tolerance
 
 
 def test_nothing_waits_for_the_gpu(gpu_backend):
@@ -59,18 +60,10 @@ def test_nothing_waits_for_the_gpu(gpu_backend):
 def test_captured_graph_replays(gpu_backend):
     x = torch.randn(4, 2, 3, 100, device="cuda")
     upstream = torch.randn_like(x)
-    both(x, upstream, gpu_backend)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        both(x, upstream, gpu_backend)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = both(x, upstream, gpu_backend)
+    graph, results = captured(lambda: both(x, upstream, gpu_backend))
     x.copy_(torch.randn_like(x) * 2)
     graph.replay()
-    for got, expected in zip(captured, both(x, upstream, "torch"), strict=True):
+    for got, expected in zip(results, both(x, upstream, "torch"), strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-6)
 
 
@@ -107,13 +100,18 @@ def test_backward_keeps_the_input_and_nothing_else(gpu_backend, dtype):
 
 def test_a_row_of_more_than_two_billion_neurons(gpu_backend):
     neurons = (1 << 31) + 4097
-    if torch.cuda.mem_get_info()[0] < 5 * neurons * 2:
-        # Input, gradient and spikes of 2^32 numbers, and what their sums take, are all on the GPU at once.
-        pytest.skip("needs 21 GB of free GPU memory")
+    # Input, spikes and gradient are on the GPU at once. The spikes are their own upstream, which needs no copy.
+    needed = 3 * 2 * neurons * torch.bfloat16.itemsize + (64 << 20)
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip("needs 26 GB of free GPU memory")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     x = torch.full((2, neurons), 0.75, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     spikes, _ = lif(x, backend=gpu_backend, return_v_last=False, **OPTIONS)
-    assert spikes[0].sum(dtype=torch.float32) == 0
+    (gradient,) = torch.autograd.grad(spikes, x, spikes.detach())
+    assert torch.cuda.max_memory_allocated() - before <= needed
+    assert spikes[0].amax() == 0
     assert spikes[1].amin() == 1
-    (gradient,) = torch.autograd.grad(spikes, x, torch.ones_like(spikes[:, :1]).expand_as(spikes))
     assert gradient[:, 0].tolist() == gradient[:, -1].tolist()
     assert gradient.amin() > 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from graphs import captured
 from seal_fast import seal_loss, selective_alignment_weights
 from seal_fast.backends import available
 from seal_fast.kernels.seal_loss import MOST_STEPS
@@ -50,7 +51,8 @@ def check(tensors, backend, objective):
         torch.testing.assert_close(left.double(), right, rtol=1e-5, atol=5e-6)
     # Of the largest entry: float32's contract, and half a unit in the last place of 16-bit gradients.
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}[logits.dtype]
-    assert (got_gradient.double() - gradient).abs().max() <= tolerance * gradient.abs().max() + 1e-7
+    error = (got_gradient.double() - gradient).abs().max().item()
+    assert error <= tolerance * gradient.abs().max().item() + 1e-7
 
 
 @pytest.mark.parametrize("objective", ["seal", "kd", "tdkd"])
@@ -89,15 +91,7 @@ def test_nothing_waits_for_the_gpu(gpu_backend):
 
 def test_captured_graph_of_loss_and_backward_replays(gpu_backend):
     logits, teacher_logits, labels = inputs(4, 128, 100)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run(logits, teacher_logits, labels, gpu_backend)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        parts, gradient = run(logits, teacher_logits, labels, gpu_backend)
+    graph, (parts, gradient) = captured(lambda: run(logits, teacher_logits, labels, gpu_backend))
     for seed in range(3):  # a counter that is not put back would show in the second replay
         torch.manual_seed(seed)
         logits.copy_(torch.randn_like(logits) * 2)

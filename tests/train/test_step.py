@@ -72,16 +72,21 @@ def test_batches_rates_and_results_pass_through_the_graphs_own_places():
         torch.testing.assert_close(got, right, rtol=0, atol=1e-6)
 
 
-def test_a_batch_of_another_size_is_not_captured():
-    captured = []
+def test_a_batch_of_another_size_is_not_captured_and_others_are_warmed_up():
+    captured, warmed_up = [], []
 
     class Counted(Repeated):
+        def _warm_up(self, inputs, labels):
+            warmed_up.append(inputs is self.batch[0] and labels is self.batch[1])
+            return super()._warm_up(inputs, labels)
+
         def _captured(self):
             captured.append(len(self.batch[0]))
             super()._captured()
 
     trained(Counted, "cpu", linear, sgd, "ann")
     assert captured == [6] * (len(SIZES) - 1 - GraphedStep.WARM_UP)
+    assert warmed_up == [True] * GraphedStep.WARM_UP  # on what is captured, so that the same kernels run
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a graph is captured")
