@@ -1,5 +1,6 @@
 # make demo: train and distil on handwritten digits.   make test: run the tests.   make bench: measure.   make lint: style.
 # make test-oldest: the same tests with the oldest versions that are supported, in .venv-oldest.
+# make test-middle: the same with versions in between, that users of a GPU have, in .venv-middle.
 # These make their own virtual environment first. PYTHON chooses the interpreter, 3.10 or newer.
 # make gpu: all that needs a GPU, with the Python that is active; make gpu-kernels compiles its kernels beforehand.
 
@@ -9,7 +10,7 @@ CONSTRAINTS ?=
 BIN := $(VENV)/bin
 NATIVE := $(wildcard kernels/*/*.cpp kernels/*/*.h kernels/*/*.cuh)
 
-.PHONY: demo test test-oldest long gpu gpu-kernels bench lint clean
+.PHONY: demo test test-oldest test-middle long gpu gpu-kernels bench lint clean
 
 demo: $(VENV)/.train
 	@echo "==> A teacher and three spiking students on handwritten digits, on the GPU if there is one."
@@ -22,6 +23,9 @@ test: $(VENV)/.test
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS="-c tests/oldest.txt"
+
+test-middle:
+	$(MAKE) test VENV=.venv-middle CONSTRAINTS="-c tests/middle.txt"
 
 long: $(VENV)/.test
 	@echo "==> The longer sweeps."
@@ -63,4 +67,4 @@ $(VENV)/.test: $(VENV)/bin/python setup.py pyproject.toml $(NATIVE)
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info kernels/*.so
+	rm -rf .venv .venv-oldest .venv-middle build *.egg-info kernels/*.so
