@@ -84,9 +84,11 @@ def _spikingjelly(device, options, float32_state=False):
     """
     if not has_spikingjelly():
         return {}
-    from spikingjelly.activation_based import functional, neuron, surrogate
-
     version = importlib.metadata.version("spikingjelly")
+    try:
+        from spikingjelly.activation_based import functional, neuron, surrogate
+    except Exception as error:  # here it would be raised for all contestants
+        return {f"SpikingJelly {version}": functools.partial(_fails, error)}
     names = {"sigmoid": surrogate.Sigmoid, "atan": surrogate.ATan}
     arguments = {**options, "surrogate_function": names[options["surrogate"]](), "step_mode": "m"}
     del arguments["surrogate"]
@@ -112,6 +114,11 @@ def _spikingjelly(device, options, float32_state=False):
         return run
 
     return {" ".join(["SpikingJelly", version, *backend.values()]): contestant(backend) for backend in backends}
+
+
+def _fails(error: Exception, x: torch.Tensor):
+    """A contestant that could not be imported."""
+    raise error
 
 
 class _Rows(nn.Module):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import measure
+import peers
 import tables
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +149,16 @@ def test_steps_parts_and_studies_go_on_as_well(race):
     assert result.passed == {*floors, *ours, ("test_scaling", "ours")}
     assert "time_of_floor" in result.known["test_step", "ours, float32"]
     assert not any("time_of_first" in result.known[key] for key in floors)
+
+
+def test_a_peer_that_cannot_be_imported_is_a_contestant_that_raises(monkeypatch):
+    if not peers.has_spikingjelly():
+        pytest.skip("spikingjelly is not installed")
+    monkeypatch.setitem(sys.modules, "spikingjelly.activation_based", None)
+    contestants = peers.lif(torch.device("cpu"), {"tau": 2.0, "decay_input": False, "surrogate": "sigmoid"})
+    (peer,) = (run for name, run in contestants.items() if name.startswith("SpikingJelly"))
+    with pytest.raises(ImportError, match="spikingjelly"):
+        peer(torch.zeros(1, 2))
 
 
 def test_a_step_that_raises_leaves_the_race():
