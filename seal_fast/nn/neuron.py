@@ -153,7 +153,7 @@ class BaseNode(MemoryModule):
     def _start(self, x: Tensor) -> Tensor | None:
         """The potential before the call with x [T, ...], for the operator."""
         v = self._before_call()
-        if v is _Unknown:
+        if isinstance(v, type):  # _Unknown, with which Dynamo of torch 2.6 cannot compare a float
             raise RuntimeError(_NOT_KEPT)
         if not isinstance(v, Tensor):
             return None if v == self._rest else x.new_full(x.shape[1:], v, dtype=state_dtype(x.dtype))
