@@ -31,6 +31,7 @@ STICKY = (
     "uncorrectable NVLink error",
     "MPS client",
     "context is destroyed",
+    "STATUS_EXECUTION_FAILED",  # of cuBLAS and cuDNN, which may be the first to be asked after it
 )
 
 
@@ -38,7 +39,8 @@ def is_sticky(error: BaseException | None) -> bool:
     """Whether the error, or one that it was raised from or while handling, is a CUDA error that stays."""
     while error is not None:
         text = str(error).lower()
-        if "cuda" in f"{type(error).__name__} {text}".lower() and any(phrase.lower() in text for phrase in STICKY):
+        named = f"{type(error).__name__} {text}".lower()
+        if any(name in named for name in ("cuda", "cudnn")) and any(phrase.lower() in text for phrase in STICKY):
             return True
         error = error.__cause__ or error.__context__
     return False

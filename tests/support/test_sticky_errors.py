@@ -107,6 +107,7 @@ def test_without_xdist_nothing_ends(tmp_path):
         (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
         (RuntimeError("CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
         (RuntimeError("CUDA error: out of memory"), False),
         (ValueError("an illegal memory access, of whatever kind"), False),
     ],
