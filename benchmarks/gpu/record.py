@@ -12,9 +12,9 @@ import sys
 import traceback
 from collections.abc import Iterator
 
+from gpu.sticky import is_sticky
+
 RESULTS, SECONDS = "SEAL_FAST_GPU_RESULTS", "SEAL_FAST_GPU_SECONDS"
-# After such an error, every call of CUDA in the process fails.
-STICKY = ("CUDA error", "CUDA_ERROR", "cudaError", "illegal memory access", "device-side assert", "unspecified launch")
 
 
 def write(**entry) -> None:
@@ -36,11 +36,6 @@ def seconds(normal: float) -> float:
 def rehearsing() -> bool:
     """Whether nothing is timed: sizes that the kernels do not depend on, as that of the batch, may be small then."""
     return seconds(1) == 0
-
-
-def is_sticky(error: BaseException | str) -> bool:
-    """Whether the process can use the GPU no longer."""
-    return any(text in str(error) for text in STICKY)
 
 
 def shortened(text: str, length: int = 300) -> str:

@@ -92,7 +92,7 @@ def _pretended(name: str, *arguments: str) -> Job:
 
 
 def _pytest(stage: str, files: list[str], workers: int, rehearse: bool) -> Job:
-    plugins = ["gpu.outcomes", "sticky_errors", *(["gpu.fake"] if rehearse else [])]
+    plugins = ["gpu.outcomes", "gpu.sticky", *(["gpu.fake"] if rehearse else [])]
     options = [f"--numprocesses={workers}", "--dist=worksteal", "-c", str(ROOT / "pyproject.toml")]
     options += [text for plugin in plugins for text in ("-p", plugin)]
     return Job(stage, ("-m", "pytest", *options, "-p", "no:cacheprovider", *files), {STAGE: stage})

@@ -131,7 +131,7 @@ import torch, peers, training
 from gpu import rivals, times
 rivals.SHAPE = (2, 1, 3, 4, 4)
 def broken(x): raise ImportError("libcupy is missing")
-peers.lif = lambda device, options: {"broken": broken, "torch loop": lambda x: peers._loop(options, x)}
+peers.lif = lambda device, options: {"broken": broken, "torch loop": lambda x: peers.loop(options, x)}
 rivals.lif()
 """
     run({"rivals": Stage(100, (python("rivals", code),))}, tmp_path, 100, REHEARSAL)

@@ -1,5 +1,4 @@
-"""A plugin of pytest (-p sticky_errors) for tests on a GPU in many processes: a worker of pytest-xdist that saw one of
-CUDA's sticky errors ends, and another takes its place.
+"""A plugin of pytest (-p gpu.sticky): a worker of pytest-xdist that saw one of CUDA's sticky errors is replaced.
 
 After an illegal address or a failed assertion on the device, every call to CUDA fails in that process, and with it
 every later test. The worker ends before its next test, when what failed has been reported; that next test, which
@@ -93,6 +92,6 @@ class Controller:
 def pytest_configure(config):
     """A worker of pytest-xdist has an input; the process that controls workers has a number of them."""
     if hasattr(config, "workerinput"):
-        config.pluginmanager.register(Worker(), "sticky_errors_worker")
+        config.pluginmanager.register(Worker(), "sticky_worker")
     elif getattr(config.option, "numprocesses", None):
-        config.pluginmanager.register(Controller(), "sticky_errors_controller")
+        config.pluginmanager.register(Controller(), "sticky_controller")

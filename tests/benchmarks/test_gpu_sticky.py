@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-import sticky_errors
+from gpu import sticky
 
 pytest.importorskip("xdist", reason="pytest-xdist, whose workers end, is not installed")
 
@@ -40,13 +40,13 @@ def run(tmp_path, error: str, *options: str, fails: int = 3) -> tuple[list[str],
     """Messages of failed tests; the file, number and process of each test that ran, in their order; and the output."""
     for part in ("first", "second"):
         (tmp_path / f"test_{part}.py").write_text(TESTS.format(error=error, fails=fails if part == "first" else -1))
-    support = str(Path(sticky_errors.__file__).parent)
+    benchmarks = str(Path(sticky.__file__).parents[1])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={tmp_path / 'report.xml'}"]
     result = subprocess.run(
         [*command, *options],
         cwd=tmp_path,
-        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, [support, os.environ.get("PYTHONPATH")]))},
+        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, [benchmarks, os.environ.get("PYTHONPATH")]))},
         capture_output=True,
         text=True,
         timeout=300,
@@ -65,7 +65,7 @@ def run(tmp_path, error: str, *options: str, fails: int = 3) -> tuple[list[str],
     ],
 )
 def test_the_worker_ends_and_all_other_tests_pass_elsewhere(tmp_path, error, dist):
-    failures, log, output = run(tmp_path, error, "-n", "2", "--dist", dist, "-p", "sticky_errors")
+    failures, log, output = run(tmp_path, error, "-n", "2", "--dist", dist, "-p", "gpu.sticky")
     assert len(failures) == 1, output
     assert ILLEGAL in failures[0]
     assert "1 failed, 19 passed" in output
@@ -78,7 +78,7 @@ def test_the_worker_ends_and_all_other_tests_pass_elsewhere(tmp_path, error, dis
 
 
 def test_the_last_test_of_all_may_see_the_error(tmp_path):
-    options = ("-n", "1", "-p", "sticky_errors", "test_first.py")
+    options = ("-n", "1", "-p", "gpu.sticky", "test_first.py")
     failures, _, output = run(tmp_path, f"RuntimeError({ILLEGAL!r})", *options, fails=9)
     assert len(failures) == 1
     assert "1 failed, 9 passed" in output
@@ -90,19 +90,19 @@ def test_without_the_plugin_later_tests_fail_too(tmp_path):
 
 
 def test_other_errors_do_not_end_a_worker(tmp_path):
-    _, log, output = run(tmp_path, "RuntimeError('CUDA error: invalid argument')", "-n", "1", "-p", "sticky_errors")
+    _, log, output = run(tmp_path, "RuntimeError('CUDA error: invalid argument')", "-n", "1", "-p", "gpu.sticky")
     assert len({process for _, _, process in log}) == 1
     assert "replacing crashed worker" not in output
 
 
 def test_without_xdist_nothing_ends(tmp_path):
-    _, log, output = run(tmp_path, f"RuntimeError({ILLEGAL!r})", "-p", "sticky_errors", "test_first.py")
+    _, log, output = run(tmp_path, f"RuntimeError({ILLEGAL!r})", "-p", "gpu.sticky", "test_first.py")
     assert len(log) == 10
     assert "7 failed, 3 passed" in output
 
 
 @pytest.mark.parametrize(
-    ("error", "sticky"),
+    ("error", "stays"),
     [
         (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
         (RuntimeError("CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure"), True),
@@ -113,8 +113,8 @@ def test_without_xdist_nothing_ends(tmp_path):
     ],
     ids=str,
 )
-def test_errors_are_told_apart(error, sticky):
-    assert sticky_errors.is_sticky(error) == sticky
+def test_errors_are_told_apart(error, stays):
+    assert sticky.is_sticky(error) == stays
     raised = AssertionError("the kernel failed")
     raised.__cause__ = error
-    assert sticky_errors.is_sticky(raised) == sticky
+    assert sticky.is_sticky(raised) == stays
