@@ -20,6 +20,7 @@ import torch
 
 # No fused multiply-adds and, as is NVRTC's default, IEEE division: spikes equal the reference bit for bit.
 OPTIONS = ("--std=c++17", "--fmad=false")
+_FORMAT = "2"  # of a file in the cache; cubins of the first lack their last byte
 _SHARED = 48 << 10  # bytes of shared memory that a block may have without asking
 _MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, which CuPy has no name for
 ACCESS = 16  # bytes that one thread reads or writes at once: the widest access there is
@@ -93,7 +94,7 @@ def cached(path: Path, expression: str, arch: str) -> tuple[str, bytes]:
     from cupy.cuda import nvrtc
 
     text = source(path)
-    key = "\0".join((text, expression, arch, *OPTIONS, str(nvrtc.getVersion())))
+    key = "\0".join((_FORMAT, text, expression, arch, *OPTIONS, str(nvrtc.getVersion())))
     file = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.kernel"
     with contextlib.suppress(OSError):
         content = file.read_bytes()
