@@ -31,11 +31,6 @@ THREADS = 128  # of a program
 CHUNK = 16  # most time steps that are in registers at once; half of them where a thread keeps too much of each
 KEPT = 352  # bytes that a thread keeps in registers, at most: beyond it, few threads run, or registers spill
 KEPT_LONG = 192  # where chunks follow each other, whose offsets take registers too
-# Of a thread: most that there are, without which ptxas may spill some to have only 128; and what forward needs where it
-# does not divide, keeps nothing and has one batch norm. There ptxas of CUDA 12.8, in Triton 3.6, takes up to 193
-# otherwise, and a third fewer warps run at once.
-REGISTERS = 255
-FORWARD_REGISTERS = 160
 
 _NUMBERS = ["tau", "inverse_tau", "decay", "threshold", "reset"]
 _STRIDES = ["N", "y_stride", "residual_stride"]
@@ -275,7 +270,6 @@ def forward(
     out = forward_outputs(given, keep_m=keep_m, pack=pack)
     last = given.C > 1 and given.channel_stride == 1
     inner = given.channel_stride if given.C > 1 else given.N
-    lean = options.charge_kind == 0 and not options.in_tensors and len(scales) == 2 and not (keep_m or pack)
     together = ACCESS // y.dtype.itemsize
     _launch(
         _forward,
@@ -285,7 +279,6 @@ def forward(
         options,
         chunk=_chunk(time_steps, ACCESS * (1 + (residual is not None))),
         sizes=(given.C, inner),
-        registers=FORWARD_REGISTERS if lean else REGISTERS,
         NORMALISED=len(scales) == 4,
         LAST=last,
         TOGETHER=math.gcd(given.C if last else inner, together),
@@ -355,19 +348,7 @@ def _chunk(time_steps: int, kept: int) -> int:
     return CHUNK if min(time_steps, CHUNK) * kept <= KEPT else CHUNK // 2
 
 
-def _launch(
-    kernel,
-    programs,
-    tensors,
-    given: Inputs,
-    options: Options,
-    *,
-    chunk,
-    sizes,
-    numbers=(),
-    registers=REGISTERS,
-    **flags,
-):
+def _launch(kernel, programs, tensors, given: Inputs, options: Options, *, chunk, sizes, numbers=(), **flags):
     state = state_dtype(given.y.dtype)
     constants, values = options.passed(given.y.device, state)
     start(
@@ -383,7 +364,7 @@ def _launch(
         *sizes,
         device=given.y.device,
         num_warps=THREADS // 32,
-        maxnreg=registers,
+        maxnreg=255,  # without a limit, ptxas may spill some to have only 128
         STEPS=(given.T - 1) % chunk + 1,
         CHUNK=chunk,
         LONG=chunk < given.T,
