@@ -10,10 +10,6 @@
 
 enum ResidualKind { NONE, PLAIN, NORMALISED };
 
-// Positions whose numbers are in flight, where there are no time steps.
-template <int VECTOR>
-constexpr int AHEAD = VECTOR > 4 ? 4 : 8;
-
 template <int RESIDUAL>
 constexpr int SCALES = RESIDUAL == NORMALISED ? 4 : 2;
 template <int RESIDUAL>
@@ -136,6 +132,7 @@ __global__ void __launch_bounds__(THREADS, 1) bn_lif_backward(
     State<Number> reset,
     State<Number> alpha) {
   typedef State<Number> Real;
+  constexpr bool ORDERED = !LONG;  // else the chunks' addresses leave too few registers
   constexpr bool DECAY_INPUT = CHARGE == FILTER_DIVIDE || CHARGE == FILTER_MULTIPLY;
   constexpr int ADDED = RESIDUAL ? STEPS : 1, DIRECT = GRAD_M ? STEPS : 1;
   Walk<VECTOR, SETS> walk(channels, inner, columns, slices);
@@ -190,14 +187,15 @@ __global__ void __launch_bounds__(THREADS, 1) bn_lif_backward(
       Group<Number, VECTOR> rows[STEPS], upstream[STEPS], added[ADDED] = {}, direct[DIRECT] = {};
       Real h[STEPS][VECTOR];
 #pragma unroll
-      for (int t = 0; t < STEPS; ++t) {
+      for (int i = 0; i < STEPS; ++i) {
+        const int t = ORDERED ? STEPS - 1 - i : i;
         if (LONG && first + t >= T) break;
-        rows[t] = read<VECTOR>(y + (first + t) * y_stride + n);
-        if (RESIDUAL) added[RESIDUAL ? t : 0] = read<VECTOR>(residual + (first + t) * residual_stride + n);
-        upstream[t] = read<VECTOR>(grad_spikes + (first + t) * N + n);
         if (GRAD_M && (m_stride || first + t == 0)) {
-          direct[GRAD_M ? t : 0] = read<VECTOR>(grad_m + (first + t) * m_stride + n);
+          direct[GRAD_M ? t : 0] = read<VECTOR, ORDERED>(grad_m + (first + t) * m_stride + n);
         }
+        upstream[t] = read<VECTOR, ORDERED>(grad_spikes + (first + t) * N + n);
+        if (RESIDUAL) added[RESIDUAL ? t : 0] = read<VECTOR, ORDERED>(residual + (first + t) * residual_stride + n);
+        rows[t] = read<VECTOR, ORDERED>(y + (first + t) * y_stride + n);
       }
 #pragma unroll
       for (int t = 0; t < STEPS; ++t) {
@@ -283,32 +281,25 @@ __global__ void __launch_bounds__(THREADS, 1) moments(
     int64_t columns,
     int64_t slices) {
   typedef State<Number> Real;
-  constexpr int EACH = VECTOR / SETS;  // numbers of a channel at a position
+  constexpr int EACH = VECTOR / SETS;       // numbers of a channel at a position
+  constexpr int MANY = VECTOR > 4 ? 4 : 8;  // positions whose numbers are in flight
   Walk<VECTOR, SETS> walk(channels, inner, columns, slices);
-  Group<Number, SETS> origin = {};
-  if (walk.inside) origin = read<SETS>(y + walk.channel * inner);
+  const Group<Number, SETS> origin = read<SETS>(y + (walk.inside ? walk.channel * inner : 0));
   Real count = 0;
   Moments<Real> mine[SETS] = {};
-  while (walk.inside && walk.position < positions) {
-    Group<Number, VECTOR> rows[AHEAD<VECTOR>] = {};
-    int there = 0;  // of these
-#pragma unroll
-    for (int ahead = 0; ahead < AHEAD<VECTOR>; ++ahead) {
-      if (walk.position < positions) rows[ahead] = read<VECTOR>(y + walk.n), ++there;
-      walk.next();
-    }
+  const auto add = [&](const Group<Number, VECTOR> (&rows)[MANY], int there) {  // so many of the rows
     const Real more = there * EACH, inverse = 1 / more, weight = more / (count + more);
 #pragma unroll
     for (int set = 0; set < SETS; ++set) {
       const Real from = load(origin.at[set]);
       Real sum = 0, squares = 0;
 #pragma unroll
-      for (int i = 0; i < AHEAD<VECTOR> * EACH; ++i) {
+      for (int i = 0; i < MANY * EACH; ++i) {
         if (i / EACH < there) sum += load(rows[i / EACH].at[set + i % EACH]) - from;
       }
       const Real mean = sum * inverse, distance = mean - mine[set].at[1];
 #pragma unroll
-      for (int i = 0; i < AHEAD<VECTOR> * EACH; ++i) {
+      for (int i = 0; i < MANY * EACH; ++i) {
         const Real off = load(rows[i / EACH].at[set + i % EACH]) - from - mean;
         if (i / EACH < there) squares = multiply_add(off, off, squares);
       }
@@ -316,6 +307,26 @@ __global__ void __launch_bounds__(THREADS, 1) moments(
       mine[set].at[2] += squares + distance * distance * (count * weight);
     }
     count += more;
+  };
+  const int64_t whole = walk.inside ? positions - (MANY - 1) * walk.step : 0;
+  while (walk.position < whole) {
+    Group<Number, VECTOR> rows[MANY];
+#pragma unroll
+    for (int ahead = 0; ahead < MANY; ++ahead) {
+      rows[ahead] = read<VECTOR>(y + walk.n);
+      walk.next();
+    }
+    add(rows, MANY);
+  }
+  if (walk.inside && walk.position < positions) {
+    Group<Number, VECTOR> rows[MANY] = {};
+    int there = 0;
+#pragma unroll
+    for (int ahead = 0; ahead < MANY - 1; ++ahead) {
+      if (walk.position < positions) rows[ahead] = read<VECTOR>(y + walk.n), ++there;
+      walk.next();
+    }
+    add(rows, there);
   }
 #pragma unroll
   for (int set = 0; set < SETS; ++set) mine[set].at[0] = count;

@@ -21,6 +21,10 @@ STEPS = 16  # whose inputs are in registers at once, at most
 HISTORY = 128  # bytes of registers for a thread's potentials before each reset, at most: beyond it, few threads run
 # Registers for a thread's neurons, at most, beyond which they spill: potentials, inputs and numbers by channel.
 HELD = {"forward": 112, "backward": 136}
+# Neighbouring neurons that a thread of backward takes, at most, in 16 bits: 4 or 8. A thread of 4 executes 9 % more
+# instructions for each element, but three to four blocks run on a multiprocessor instead of two; benchmarks/static.py
+# counts both. To change it, time both on a GPU, in both layouts, at T = 4.
+NEIGHBOURS_16_BIT = 4
 COLUMNS = 32  # threads of a block that lie side by side along the channels, at most
 BLOCKS = 2048  # of a kernel that sums by channel, about; more where a thread would go on for long
 POSITIONS = (4, 256)  # of a thread, at least and at most where there are enough: so many float32 are added one by one
@@ -116,7 +120,7 @@ def backward(
     neuron = passed(options, device, state)
     tensors = (grad_spikes, grad_m, y, residual, scales.contiguous(), means.contiguous(), *outputs)
     shape = (N, C, given.channel_stride)
-    vector = _neighbours(*shape, (*tensors, neuron.constants))
+    vector = _neighbours(*shape, (*tensors, neuron.constants), min(NEIGHBOURS_16_BIT, ACCESS // y.element_size()))
     chunk = min(T, STEPS if state.itemsize == 4 else STEPS // 2)
     by_channel = 3 * len(sums) + 4 * (neuron.channels > 1) if given.channel_stride == 1 else 0
     read = sum(tensor is not None for tensor in tensors[:4]) * chunk * y.element_size()
@@ -172,10 +176,15 @@ def _residual_kind(residual: Tensor | None, scales: Tensor) -> int:
     return 0 if residual is None else 2 if len(scales) == 4 else 1
 
 
-def _neighbours(size: int, C: int, channel_stride: int, tensors: tuple[Tensor | None, ...]) -> int:
-    """How many neighbours of rows of `size` numbers, of a channel each or all of one, an access may move."""
+def _neighbours(
+    size: int, C: int, channel_stride: int, tensors: tuple[Tensor | None, ...], most: int | None = None
+) -> int:
+    """How many neighbours of rows of `size` numbers, of a channel each or all of one, an access may move.
+
+    They are `most` at most, a power of two; None: as many as the widest access moves.
+    """
     stretch = size if C == 1 else C if channel_stride == 1 else channel_stride
-    neighbours = math.gcd(ACCESS // tensors[0].element_size(), stretch)
+    neighbours = math.gcd(most or ACCESS // tensors[0].element_size(), stretch)
     return neighbours if together(neighbours, tensors) else 1
 
 

@@ -15,13 +15,51 @@ struct WordOf<2> { typedef uint16_t type; };
 template <typename Number, int VECTOR>
 struct Group { Number at[VECTOR]; };  // neighbouring numbers
 
-template <int VECTOR, typename Number>
+template <bool ORDERED = false, typename Word>
+SEAL_FN Word load_word(const Word* from) { return *from; }
+
+#ifdef __CUDA_ARCH__
+template <bool ORDERED>
+SEAL_FN uint4 load_word(const uint4* from) {
+  if (!ORDERED) return *from;
+  uint4 word;
+  asm volatile("ld.relaxed.cta.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w) : "l"(from));
+  return word;
+}
+template <bool ORDERED>
+SEAL_FN uint2 load_word(const uint2* from) {
+  if (!ORDERED) return *from;
+  uint2 word;
+  asm volatile("ld.relaxed.cta.global.v2.u32 {%0, %1}, [%2];" : "=r"(word.x), "=r"(word.y) : "l"(from));
+  return word;
+}
+template <bool ORDERED>
+SEAL_FN uint32_t load_word(const uint32_t* from) {
+  if (!ORDERED) return *from;
+  uint32_t word;
+  asm volatile("ld.relaxed.cta.global.u32 %0, [%1];" : "=r"(word) : "l"(from));
+  return word;
+}
+template <bool ORDERED>
+SEAL_FN uint16_t load_word(const uint16_t* from) {
+  if (!ORDERED) return *from;
+  uint16_t word;
+  asm volatile("ld.relaxed.cta.global.u16 %0, [%1];" : "=h"(word) : "l"(from));
+  return word;
+}
+#endif
+
+// ORDERED, from global memory alone: the loads are issued in the order of the program. Others ptxas puts off until just
+// before their use, to save registers, even where a thread waits for memory several times because of it. Whoever loads
+// first what is used last, and last what is used first, has all loads in flight before the first wait.
+template <int VECTOR, bool ORDERED = false, typename Number>
 SEAL_FN Group<Number, VECTOR> read(const Number* from) {
   typedef typename WordOf<sizeof(Group<Number, VECTOR>)>::type Word;
   constexpr int WORDS = sizeof(Group<Number, VECTOR>) / sizeof(Word);
   Word words[WORDS];
 #pragma unroll
-  for (int i = 0; i < WORDS; ++i) words[i] = reinterpret_cast<const Word*>(from)[i];
+  for (int i = 0; i < WORDS; ++i) words[i] = load_word<ORDERED>(reinterpret_cast<const Word*>(from) + i);
   Group<Number, VECTOR> group;
   memcpy(&group, words, sizeof group);
   return group;

@@ -90,6 +90,7 @@ __global__ void __launch_bounds__(THREADS, 1) lif_backward(
     State<Number> reset,
     State<Number> alpha) {
   typedef State<Number> Real;
+  constexpr bool ORDERED = !LONG;  // else the chunks' addresses leave too few registers
   constexpr bool DECAY_INPUT = CHARGE == FILTER_DIVIDE || CHARGE == FILTER_MULTIPLY;
   const int64_t n = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * VECTOR;
   if (n >= N) return;
@@ -128,10 +129,11 @@ __global__ void __launch_bounds__(THREADS, 1) lif_backward(
     Group<Number, VECTOR> rows[STEPS], upstream[STEPS];
     Real h[STEPS][VECTOR];
 #pragma unroll
-    for (int t = 0; t < STEPS; ++t) {
+    for (int i = 0; i < STEPS; ++i) {
+      const int t = ORDERED ? STEPS - 1 - i : i;
       if (LONG && first + t >= T) break;
-      rows[t] = read<VECTOR>(x + (first + t) * x_stride + n);
-      upstream[t] = read<VECTOR>(grad_spikes + (first + t) * grad_stride + n);
+      upstream[t] = read<VECTOR, ORDERED>(grad_spikes + (first + t) * grad_stride + n);
+      rows[t] = read<VECTOR, ORDERED>(x + (first + t) * x_stride + n);
     }
 #pragma unroll
     for (int t = 0; t < STEPS; ++t) {

@@ -75,10 +75,11 @@ def test_learned_constants_and_long_sequences_need_no_local_memory(started):
     check(expressions(started), "sm_90")
 
 
-def accesses(ptx: str) -> tuple[int, int]:
-    """How often 16 bytes at once are loaded from global memory, and stored."""
-    loads = re.findall(r"ld\.global(?:\.nc)?\.(?:v4\.[fub]32|v2\.[fub]64)", ptx)
-    return len(loads), len(re.findall(r"st\.global\.wb\.v4\.u32", ptx))
+def accesses(ptx: str, size: int = 16) -> tuple[int, int]:
+    """How often so many bytes at once, 16 or 8, are loaded from global memory, and stored."""
+    word = {16: r"(?:v4\.[fub]32|v2\.[fub]64)", 8: r"v2\.[fub]32"}[size]
+    loads = re.findall(rf"ld(?:\.relaxed\.cta)?\.global(?:\.nc)?\.{word}", ptx)
+    return len(loads), len(re.findall(rf"st\.global\.wb\.{word}", ptx))
 
 
 @needs_cupy
@@ -89,7 +90,8 @@ def test_16_bytes_at_once_and_nothing_fused(dtype, layout, started):
     at_least = {"bn_lif_forward": (8, 8), "bn_lif_backward": (12, 4), "moments": (4, 0), "normalised_gradient": (8, 4)}
     for kernel, (loads, stores) in at_least.items():
         ptx, _ = compiled(room.SOURCE, [started[kernel][0][0]], "sm_90")
-        got = accesses(ptx)
+        in_16_bits = kernel == "bn_lif_backward" and dtype == torch.bfloat16  # whose threads take 4 neighbours
+        got = accesses(ptx, 8 if in_16_bits else 16)
         assert got[0] >= loads, kernel
         assert got[1] >= stores, kernel
         if kernel == "bn_lif_forward":
