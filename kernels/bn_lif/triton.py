@@ -30,7 +30,18 @@ __all__ = ["backward", "forward", "normalised_gradient", "statistics"]
 THREADS = 128  # of a program
 CHUNK = 16  # most time steps that are in registers at once; half of them where a thread keeps too much of each
 KEPT = 352  # bytes that a thread keeps in registers, at most: beyond it, few threads run, or registers spill
+KEPT_RUNS = 280  # where tiles are of one channel: the ends of its runs in memory take registers too
 KEPT_LONG = 192  # where chunks follow each other, whose offsets take registers too
+KEPT_FORWARD = 288  # by _forward
+# Neighbouring neurons that a thread of _backward takes, at most, in 16 bits: 4 or 8. With 8, a thread executes a tenth
+# fewer instructions for each element, and 8 warps run on a multiprocessor instead of 12; benchmarks/static.py counts
+# both. As tiles are on their way while others are computed, instructions decided. To change it, time both on a GPU, in
+# both layouts, at T = 4.
+NEIGHBOURS_16_BIT = 8
+# Tiles in shared memory, backwards: the one at hand, and those that are on their way. With 1, ptxas loads the numbers of
+# each step just before their use, and a thread waits for memory three to five times for each tile; with 2, none is on
+# its way while one is computed. Counted by benchmarks/static.py.
+STAGES = 3
 
 _NUMBERS = ["tau", "inverse_tau", "decay", "threshold", "reset"]
 _STRIDES = ["N", "y_stride", "residual_stride"]
@@ -172,6 +183,7 @@ def _backward(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles in shared memory
 ):
     N, y_stride, residual_stride = size(N, ALIGNED), size(y_stride, ALIGNED), size(residual_stride, ALIGNED)
     C, inner = size(C, ALIGNED if LAST else 1), size(inner, 1 if LAST else ALIGNED)
@@ -198,7 +210,7 @@ def _backward(
     PARAMETERS: tl.constexpr = grad_threshold is not None
     sum_m = tl.zeros([ROWS, COLS], STATE)
     sum_y = sum_m
-    for _ in range(tiles):
+    for _ in tl.range(tiles, num_stages=STAGES):
         n, mask = tile_at(position, offset, inside, c, C, inner, positions, LAST, ROWS, COLS, ALIGNED)
         zero = tl.zeros([ROWS, COLS], STATE)
         v = tl.full([ROWS, COLS], reset, STATE)
@@ -277,7 +289,7 @@ def forward(
         (*given[:2], scales.contiguous(), *out),
         given,
         options,
-        chunk=_chunk(time_steps, ACCESS * (1 + (residual is not None))),
+        chunk=_chunk(time_steps, ACCESS * (1 + (residual is not None)), KEPT_FORWARD),
         sizes=(given.C, inner),
         NORMALISED=len(scales) == 4,
         LAST=last,
@@ -316,10 +328,13 @@ def backward(
     # Of each step y, a and h; residual and the gradient of m; x and v. Where neighbours have channels of their own,
     # also scales, shifts and means, and the neuron's constants.
     kept = dtype.itemsize * (2 + (count == 3) + (grad_m is not None) + parameters) + state.itemsize * (1 + parameters)
-    chunk = _chunk(time_steps, kept)
+    most = KEPT if given.channel_stride == 1 and given.C > 1 else KEPT_RUNS
+    chunk = _chunk(time_steps, kept, most)
     always = (3 * (count - 1) + 4 * options.in_tensors) * state.itemsize if given.channel_stride == 1 else 0
-    together, most = ACCESS // dtype.itemsize, KEPT_LONG if time_steps > chunk else KEPT
-    while together > 1 and together * (min(time_steps, chunk) * kept + always) > most:
+    together = min(ACCESS // dtype.itemsize, NEIGHBOURS_16_BIT)
+    while together > 1 and together * (min(time_steps, chunk) * kept + always) > (
+        KEPT_LONG if time_steps > chunk else most
+    ):
         together //= 2
     tiles = tiling(given.N, given.C, given.channel_stride, dtype, THREADS * together)
     partials = torch.empty((tiles.splits, count, given.C), dtype=state, device=y.device)
@@ -337,15 +352,16 @@ def backward(
         NORMALISED=count == 3,
         DETACH=options.detach_reset,
         SURROGATE=options.surrogate.name,
+        STAGES=STAGES if time_steps <= chunk else 1,
         **tiles.constants,
     )
     sums = partials.sum(0) if tiles.splits > 1 else partials[0]
     return *out[:2], sums, *out[2:]
 
 
-def _chunk(time_steps: int, kept: int) -> int:
-    """How many steps are in registers at once, where a thread keeps so many bytes of each at least."""
-    return CHUNK if min(time_steps, CHUNK) * kept <= KEPT else CHUNK // 2
+def _chunk(time_steps: int, kept: int, most: int) -> int:
+    """How many steps are in registers at once, where a thread keeps `kept` bytes of each and `most` of all, at most."""
+    return CHUNK if min(time_steps, CHUNK) * kept <= most else CHUNK // 2
 
 
 def _launch(kernel, programs, tensors, given: Inputs, options: Options, *, chunk, sizes, numbers=(), **flags):

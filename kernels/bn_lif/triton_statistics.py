@@ -17,6 +17,7 @@ from .triton_tiles import enter, next_tile, tile_at, tiling
 
 THREADS = 128  # of a program
 AT_ONCE = 16  # numbers that a thread of _statistics reads at once
+STAGES = 3  # tiles in shared memory, of _statistics: see triton.py
 CHANNELS, SPLITS = 32, 32  # of which a program of _merge reads what others have left, at once
 
 SIZES = ["C", "inner", "positions", "turns", "blocks"]  # see kernels/lif/triton.py
@@ -36,6 +37,7 @@ def _statistics(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles in shared memory
 ):
     C, inner = size(C, ALIGNED if LAST else 1), size(inner, 1 if LAST else ALIGNED)
     split, c, position, offset, inside, tiles = enter(C, inner, positions, turns, blocks, LAST, ROWS, COLS)
@@ -48,11 +50,11 @@ def _statistics(
     k = first + tl.sum(apart, AXIS, keep_dims=True) / tl.minimum(count, EVERY)
     sums = tl.zeros([ROWS, COLS], STATE)
     squares = sums
-    for _ in range(tiles):
+    for _ in tl.range(tiles, num_stages=STAGES):
         n, mask = tile_at(position, offset, inside, c, C, inner, positions, LAST, ROWS, COLS, ALIGNED)
         apart = tl.where(mask, tl.load(y + n, mask, other=0.0).to(STATE) - k, 0.0)
         sums += apart
-        squares += apart * apart
+        squares = tl.fma(apart, apart, squares)
         position, offset, inside = next_tile(position, offset, inside, C, inner, LAST, ROWS, COLS)
     sums = tl.sum(sums, AXIS, keep_dims=True)
     mean = sums / count
@@ -145,7 +147,7 @@ def statistics(
         "num_warps": THREADS // 32,
         "STATE": tl.float64 if state == torch.float64 else tl.float32,
     }
-    start(_statistics, tiles.programs, given.y, partials, *tiles.sizes, **common, **tiles.constants)
+    start(_statistics, tiles.programs, given.y, partials, *tiles.sizes, **common, **tiles.constants, STAGES=STAGES)
     numbers = C, given.N // C, tiles.positions, tiles.splits
     start(_merge, -(-C // CHANNELS), partials, mean, variance, *numbers, **common, SPLITS=SPLITS, BLOCK=CHANNELS)
     return mean, variance

@@ -151,10 +151,10 @@ def steps_backward(
             tau, inverse_tau, decay, threshold, reset, alpha, CHARGE, SOFT, ONCE, DETACH, SURROGATE, PARAMETERS,
         )  # fmt: skip
         g = derivative(h - threshold, alpha, SURROGATE)
-        a_g = a.to(v.dtype) * g
-        dh = a_g + c * reset_slope(h, spike, g, threshold, reset, SOFT, DETACH)
+        a = a.to(v.dtype)
+        dh = tl.fma(a, g, c * reset_slope(h, spike, g, threshold, reset, SOFT, DETACH))
         if PARAMETERS:
-            total_threshold += c * reset_threshold_slope(h, spike, g, threshold, reset, SOFT, DETACH) - a_g
+            total_threshold += c * reset_threshold_slope(h, spike, g, threshold, reset, SOFT, DETACH) - a * g
             total_inverse_tau += dh * inverse_tau_slope(v, x, reset, CHARGE)
         c = dh * decay
         dm = dh * input_slope(inverse_tau, CHARGE)
@@ -163,7 +163,7 @@ def steps_backward(
         if grad_steps is not None:
             tl.store(grad_steps + first * N + n, dm.to(grad_steps.dtype.element_ty), mask)
         total += dm
-        total_y += dm * (y_t.to(v.dtype) - mean)
+        total_y = tl.fma(dm, y_t.to(v.dtype) - mean, total_y)
         if residual_mean is not None:
-            total_residual += dm * (r_t.to(v.dtype) - residual_mean)
+            total_residual = tl.fma(dm, r_t.to(v.dtype) - residual_mean, total_residual)
     return c, total, total_y, total_residual, total_threshold, total_inverse_tau

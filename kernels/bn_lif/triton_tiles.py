@@ -109,8 +109,8 @@ def next_tile(position, offset, inside, C, inner, LAST: tl.constexpr, ROWS: tl.c
         position += COLS
         inside += COLS
         offset += COLS
-        if inside >= inner:
-            ends = inside // inner
-            inside -= ends * inner
-            offset += ends * ((C - 1) * inner)
+        short = tl.minimum(inner, COLS).to(tl.int32)
+        ends = tl.where(inner < COLS, inside.to(tl.int32) // short, (inside >= inner).to(tl.int32))
+        inside -= ends * inner
+        offset += ends * ((C - 1) * inner)
     return position, offset, inside

@@ -183,10 +183,10 @@ def _steps_backward(
             tau, inverse_tau, decay, threshold, reset, alpha, CHARGE, SOFT, DETACH, SURROGATE, PARAMETERS,
         )  # fmt: skip
         g = derivative(h - threshold, alpha, SURROGATE)
-        a_g = a.to(v.dtype) * g
-        dh = a_g + c * reset_slope(h, spike, g, threshold, reset, SOFT, DETACH)
+        a = a.to(v.dtype)
+        dh = tl.fma(a, g, c * reset_slope(h, spike, g, threshold, reset, SOFT, DETACH))
         if PARAMETERS:
-            sum_threshold += c * reset_threshold_slope(h, spike, g, threshold, reset, SOFT, DETACH) - a_g
+            sum_threshold += c * reset_threshold_slope(h, spike, g, threshold, reset, SOFT, DETACH) - a * g
             sum_inverse_tau += dh * inverse_tau_slope(v, x_t, reset, CHARGE)
         dx = dh * input_slope(inverse_tau, CHARGE)
         tl.store(grad_x + first * N, dx.to(grad_x.dtype.element_ty), mask)

@@ -82,7 +82,7 @@ def reset_slope(h, spike, g, threshold, reset, SOFT: tl.constexpr, DETACH: tl.co
     """∂v/∂h across the reset; g is the surrogate derivative."""
     slope = 1.0 if SOFT else 1.0 - spike
     if not DETACH:
-        slope += -threshold * g if SOFT else (reset - h) * g
+        slope = slope - threshold * g if SOFT else tl.fma(reset - h, g, slope)
     return slope
 
 

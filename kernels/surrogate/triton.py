@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..launch.triton import divide
+from ..launch.triton import divide, divide_by_moderate, exp_negative
 
 _HALF_PI = tl.constexpr(1.5707963267948966)
 _INVERSE_ROOT_PI = tl.constexpr(0.5641895835477563)
@@ -19,8 +19,8 @@ def derivative(
     magnitude = tl.abs(u)
     if KIND == "sigmoid":
         # p(1-p) = e/(1+e)^2 with e = exp(-α|u|): no cancellation where p is near 1.
-        e = tl.exp(-alpha * magnitude)
-        slope = alpha * e / ((1.0 + e) * (1.0 + e))
+        e = exp_negative(magnitude, alpha)
+        slope = divide_by_moderate(alpha * e, (1.0 + e) * (1.0 + e))
     elif KIND == "atan":
         scaled = u * (alpha * _HALF_PI)
         slope = (alpha * 0.5) / (1.0 + scaled * scaled)
@@ -28,7 +28,7 @@ def derivative(
         value = alpha - alpha * alpha * magnitude
         slope = tl.where(value < 0, 0.0, value)  # NaN stays
     elif KIND == "piecewise_exp":
-        slope = (alpha * 0.5) * tl.exp(-alpha * magnitude)
+        slope = (alpha * 0.5) * exp_negative(magnitude, alpha)
     elif KIND == "soft_sign":
         width = 1.0 / alpha + magnitude
         slope = 1.0 / (2.0 * alpha * width * width)
