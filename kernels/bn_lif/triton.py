@@ -38,9 +38,9 @@ KEPT_FORWARD = 288  # by _forward
 # both. As tiles are on their way while others are computed, instructions decided. To change it, time both on a GPU, in
 # both layouts, at T = 4.
 NEIGHBOURS_16_BIT = 8
-# Tiles in shared memory, backwards: the one at hand, and those that are on their way. With 1, ptxas loads the numbers of
-# each step just before their use, and a thread waits for memory three to five times for each tile; with 2, none is on
-# its way while one is computed. Counted by benchmarks/static.py.
+# Tiles in shared memory, backwards: the one at hand, and those that are on their way. With 1, ptxas loads the numbers
+# of each step just before their use, and a thread waits for memory three to five times for each tile; with 2, none is
+# on its way while one is computed. Counted by benchmarks/static.py.
 STAGES = 3
 
 _NUMBERS = ["tau", "inverse_tau", "decay", "threshold", "reset"]

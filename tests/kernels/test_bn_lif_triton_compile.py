@@ -24,7 +24,8 @@ from seal_fast.kernels.lif.reference import state_dtype
 from triton_on_cpu import CAPABILITIES, compiling, machine_code, registers
 
 NAMES = ("statistics", "merge", "forward", "backward", "normalised gradient")
-MOST = dict(zip(NAMES, (128, 96, 160, 255, 96), strict=True))  # registers; measured 80, 72, 118, 247 and 48
+MOST = dict(zip(NAMES, (128, 96, 160, 255, 96), strict=True))  # registers; measured 96, 72, 118, 247 and 48
+SHARED_MEMORY = 99 << 10  # bytes that a block may have on a GPU of compute capability 8.6, 8.9 or 12.0; measured 48 KB
 
 
 def launch(y, T=4, options=PUBLISHED, *, residual=None, norms=1, static=False, everything=False):
@@ -65,8 +66,10 @@ def rows(T, dtype, layout, shape=(2, 64, 8, 8)):
 
 def accesses(compilation):
     """Bytes of an access to global memory -> how many of a thread's accesses move so many."""
-    found = re.findall(r"\b(?:ld|st)\.global(?:\.[a-z]\w+)*?(?:\.v(\d))?\.[bfsu](\d+)", compilation.asm["ptx"])
-    return Counter(int(count or 1) * int(bits) // 8 for count, bits in found)
+    ptx = compilation.asm["ptx"]
+    found = re.findall(r"\b(?:ld|st)\.global(?:\.[a-z]\w+)*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global \[.+?\], \[.+?\], (0x\w+)", ptx)
+    return Counter([*(int(count or 1) * int(bits) // 8 for count, bits in found), *(int(size, 16) for size in copies)])
 
 
 # (dtype, T, layout) -> bytes of an access in backward: 16 at most, fewer where a thread keeps more of fewer neurons
@@ -77,7 +80,7 @@ BACKWARD_ACCESS = {
     (torch.bfloat16, 4, "channels_last"): 16,
     (torch.float32, 10, "contiguous"): 8,
     (torch.float32, 10, "channels_last"): 8,
-    (torch.bfloat16, 10, "contiguous"): 8,
+    (torch.bfloat16, 10, "contiguous"): 4,
     (torch.bfloat16, 10, "channels_last"): 4,
 }
 
@@ -117,6 +120,7 @@ def test_no_register_is_spilled_with_everything_asked_for(T, dtype, shape, layou
     options = replace(PUBLISHED, **EVERYTHING)
     for name, compilation in compiled(90, y, T, options, residual=y, norms=2, everything=True).items():
         assert registers(compilation)[1] == 0, name
+        assert compilation.metadata.shared <= SHARED_MEMORY, name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

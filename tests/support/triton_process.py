@@ -14,8 +14,9 @@ TESTS = Path(__file__).parents[1]
 def interpret(tmp_path, files: list[str], *options: str, at_least: int, timeout: int = 300) -> None:
     """Run the tests of these files whose backend is triton, and assert that all of so many ran and passed."""
     report = tmp_path / "report.xml"
-    # Beside tests/seal_fast, pytest finds only a library that is on the path.
-    paths = [TESTS / "support", Path(seal_fast.__file__).parents[1], os.environ.get("PYTHONPATH", "")]
+    # Beside tests/seal_fast, pytest finds only a library that is on the path. So does a plugin what it imports.
+    folders = [TESTS / "support", TESTS.parent / "benchmarks", Path(seal_fast.__file__).parents[1]]
+    paths = [*folders, os.environ.get("PYTHONPATH", "")]
     result = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-p", "triton_on_cpu", "-p", "no:cacheprovider", "-k", "triton"),

@@ -1,0 +1,119 @@
+"""Kernels compiled without a GPU, in the way of their launchers: all goes as on a GPU, but for the start."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import struct
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+from seal_fast.kernels.launch import cupy as launcher
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a block may have
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel and its launch."""
+
+    name: str  # of the function, a C++ template's without its arguments
+    cubin: bytes
+    threads: int  # of a block
+    dynamic_shared: int  # bytes that the launch adds to what the kernel declares
+
+
+class _Target:
+    """What Triton asks its driver for before it compiles."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability  # kernels are cached by device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(capability: int) -> Iterator[list]:
+    """Triton's launches compile for this compute capability, 90 for sm_90, and start nothing.
+
+    Yields the list of their kernels. Arguments take the way that they take to a GPU, tensors of the CPU included.
+    """
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    kernels, run = [], JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        kernels.append(run(self, *arguments, grid=grid, warmup=True, **options))
+
+    driver.set_active(_Target(capability))
+    JITFunction.run = compile_only
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = run
+        if torch.cuda.is_available():  # else there is no driver to return to
+            driver.reset_active()
+
+
+def triton_kernels(capability: int, call: Callable[[], object]) -> list[Kernel]:
+    """What `call` starts by Triton."""
+    with compiling(capability) as kernels:
+        call()
+    return [
+        # All shared memory is the launch's: the cubin declares it as external.
+        Kernel(each.metadata.name, each.asm["cubin"], 32 * each.metadata.num_warps, each.metadata.shared)
+        for each in kernels
+    ]
+
+
+def cuda_kernels(capability: int, call: Callable[[], object]) -> list[Kernel]:
+    """What `call` starts by CuPy."""
+    launches = []
+
+    def start(path, expression, blocks, threads, arguments, device, shared_bytes=0):
+        launches.append((path, expression, threads, shared_bytes))
+
+    with mock.patch.object(launcher, "start", start):
+        call()
+    return [
+        Kernel(
+            expression.split("<")[0],
+            whole(launcher.build(launcher.source(path), expression, f"sm_{capability}")[1]),
+            threads,
+            shared_bytes,
+        )
+        for path, expression, threads, shared_bytes in launches
+    ]
+
+
+def whole(cubin: bytes) -> bytes:
+    """The cubin with the zero that CuPy, up to 14.2 at least, cuts off at its end: its tables end where they say."""
+    tables = struct.unpack_from("<QQ", cubin, 0x20)
+    sizes = struct.unpack_from("<HHHH", cubin, 0x36)
+    end = max(start + sizes[2 * i] * sizes[2 * i + 1] for i, start in enumerate(tables))
+    return cubin + bytes(max(end - len(cubin), 0))
+
+
+def known(backend: str) -> list[int]:
+    """Those of the compute capabilities 8.0, 9.0 and 10.0 that the installed compiler of `backend` compiles for."""
+    if backend == "triton":
+        import triton
+
+        return [80, 90] if triton.__version__.startswith("3.2.") else [80, 90, 100]
+    if importlib.util.find_spec("cupy") is None:
+        return []
+    from cupy.cuda import nvrtc
+
+    return [capability for capability in (80, 90, 100) if capability in nvrtc.getSupportedArchs()]
