@@ -32,7 +32,7 @@ CHUNK = 16  # most time steps that are in registers at once; half of them where 
 KEPT = 352  # bytes that a thread keeps in registers, at most: beyond it, few threads run, or registers spill
 KEPT_RUNS = 280  # where tiles are of one channel: the ends of its runs in memory take registers too
 KEPT_LONG = 192  # where chunks follow each other, whose offsets take registers too
-KEPT_FORWARD = 288  # by _forward
+KEPT_FORWARD = 288  # of inputs by _forward, which takes 193 registers where they are 320 bytes
 # Neighbouring neurons that a thread of _backward takes, at most, in 16 bits: 4 or 8. With 8, a thread executes a tenth
 # fewer instructions for each element, and 8 warps run on a multiprocessor instead of 12; benchmarks/static.py counts
 # both. As tiles are on their way while others are computed, instructions decided. To change it, time both on a GPU, in

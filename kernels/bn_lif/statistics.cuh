@@ -1,0 +1,138 @@
+// Kernels of the batch norm alone: mean and variance by channel, and the gradient that it passes on.
+//
+// A thread takes a group of positions at a time and asks for all of their numbers before it uses the first; while whole
+// groups are left, without looking whether each of their positions exists.
+#pragma once
+
+#include "../neuron/constants.cuh"
+#include "channels.cuh"
+
+// All numbers are taken from the channel's first one, so that a mean far from 0 costs no digits.
+template <typename Number, int VECTOR, int SETS>
+__global__ void __launch_bounds__(THREADS, 1) moments(
+    const Number* __restrict__ y,
+    State<Number>* __restrict__ partials,  // [C, slices, 3]
+    int64_t channels,
+    int64_t inner,
+    int64_t positions,
+    int64_t columns,
+    int64_t slices) {
+  typedef State<Number> Real;
+  constexpr int EACH = VECTOR / SETS;       // numbers of a channel at a position
+  constexpr int MANY = VECTOR > 4 ? 4 : 8;  // positions whose numbers are in flight
+  Walk<VECTOR, SETS> walk(channels, inner, columns, slices);
+  const Group<Number, SETS> origin = read<SETS>(y + (walk.inside ? walk.channel * inner : 0));
+  Real count = 0;
+  Moments<Real> mine[SETS] = {};
+  const auto add = [&](const Group<Number, VECTOR> (&rows)[MANY], int there) {  // so many of the rows
+    const Real more = there * EACH, inverse = 1 / more, weight = more / (count + more);
+#pragma unroll
+    for (int set = 0; set < SETS; ++set) {
+      const Real from = load(origin.at[set]);
+      Real sum = 0, squares = 0;
+#pragma unroll
+      for (int i = 0; i < MANY * EACH; ++i) {
+        if (i / EACH < there) sum += load(rows[i / EACH].at[set + i % EACH]) - from;
+      }
+      const Real mean = sum * inverse, distance = mean - mine[set].at[1];
+#pragma unroll
+      for (int i = 0; i < MANY * EACH; ++i) {
+        const Real off = load(rows[i / EACH].at[set + i % EACH]) - from - mean;
+        if (i / EACH < there) squares = multiply_add(off, off, squares);
+      }
+      mine[set].at[1] += distance * weight;
+      mine[set].at[2] += squares + distance * distance * (count * weight);
+    }
+    count += more;
+  };
+  const int64_t whole = walk.inside ? positions - (MANY - 1) * walk.step : 0;
+  while (walk.position < whole) {
+    Group<Number, VECTOR> rows[MANY];
+#pragma unroll
+    for (int ahead = 0; ahead < MANY; ++ahead) {
+      rows[ahead] = read<VECTOR>(y + walk.n);
+      walk.next();
+    }
+    add(rows, MANY);
+  }
+  if (walk.inside && walk.position < positions) {
+    Group<Number, VECTOR> rows[MANY] = {};
+    int there = 0;
+#pragma unroll
+    for (int ahead = 0; ahead < MANY - 1; ++ahead) {
+      if (walk.position < positions) rows[ahead] = read<VECTOR>(y + walk.n), ++there;
+      walk.next();
+    }
+    add(rows, there);
+  }
+#pragma unroll
+  for (int set = 0; set < SETS; ++set) mine[set].at[0] = count;
+  write_merged(walk, mine, channels, columns, slices, reinterpret_cast<Moments<Real>*>(partials));
+}
+
+template <typename Number>
+__global__ void __launch_bounds__(THREADS) mean_and_variance(
+    const Number* __restrict__ y,
+    const State<Number>* __restrict__ partials,  // [C, slices, 3]
+    State<Number>* __restrict__ mean,            // [C]
+    State<Number>* __restrict__ variance,        // [C]
+    int64_t inner,
+    int64_t slices) {
+  typedef State<Number> Real;
+  const int64_t channel = blockIdx.x;
+  const Moments<Real>* mine = reinterpret_cast<const Moments<Real>*>(partials) + channel * slices;
+  const Moments<double> all = merged_slices<Moments<double>>(mine, slices);
+  if (threadIdx.x > 0) return;
+  mean[channel] = static_cast<Real>(load(y[channel * inner]) + all.at[1]);
+  variance[channel] = static_cast<Real>(all.at[2] / all.at[0]);
+}
+
+// out = c0 grad + c1 y + c2 by channel; without WITH_Y, c0 grad. out may be grad.
+template <typename Number, int VECTOR, int SETS, bool WITH_Y>
+__global__ void __launch_bounds__(THREADS, 1) normalised_gradient(
+    const Number* grad,
+    const Number* __restrict__ y,
+    const State<Number>* __restrict__ coefficients,  // [3, C]
+    Number* out,
+    int64_t channels,
+    int64_t inner,
+    int64_t positions,
+    int64_t columns,
+    int64_t slices) {
+  typedef State<Number> Real;
+  constexpr int GROUPS = 4;
+  Walk<VECTOR, SETS> walk(channels, inner, columns, slices);
+  if (!walk.inside) return;
+  Table<Real, SETS, 3> by;
+  by.in_memory(coefficients, channels, walk.channel);
+  const auto group = [&](bool whole) {  // of positions, all or some of which exist
+    Group<Number, VECTOR> gradients[GROUPS] = {}, rows[GROUPS] = {};
+    int64_t places[GROUPS];
+    int there = 0;  // of these
+#pragma unroll
+    for (int ahead = 0; ahead < GROUPS; ++ahead) {
+      places[ahead] = walk.n;
+      if (whole || walk.position < positions) {
+        gradients[ahead] = read<VECTOR>(grad + walk.n);
+        if (WITH_Y) rows[ahead] = read<VECTOR>(y + walk.n);
+        ++there;
+      }
+      walk.next();
+    }
+#pragma unroll
+    for (int ahead = 0; ahead < GROUPS; ++ahead) {
+      if (!whole && ahead >= there) break;
+      Group<Number, VECTOR> result;
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) {
+        const int set = SETS > 1 ? i : 0;
+        const Real scaled = by.row[0].at[set] * load(gradients[ahead].at[i]);
+        const Real shifted = by.row[1].at[set] * load(rows[ahead].at[i]) + by.row[2].at[set];
+        store(result.at[i], WITH_Y ? scaled + shifted : scaled);
+      }
+      write<true>(out + places[ahead], result);
+    }
+  };
+  while (walk.position < positions - (GROUPS - 1) * walk.step) group(true);
+  if (walk.position < positions) group(false);
+}
