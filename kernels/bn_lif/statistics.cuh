@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(THREADS, 1) moments(
 }
 
 template <typename Number>
-__global__ void __launch_bounds__(THREADS) mean_and_variance(
+__global__ void __launch_bounds__(THREADS, 1) mean_and_variance(
     const Number* __restrict__ y,
     const State<Number>* __restrict__ partials,  // [C, slices, 3]
     State<Number>* __restrict__ mean,            // [C]
