@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
@@ -25,21 +24,21 @@ class Kernel(NamedTuple):
     dynamic_shared: int  # bytes that the launch adds to what the kernel declares
 
 
-class _Target:
+class Target:
     """What Triton asks its driver for before it compiles."""
 
     def __init__(self, capability: int):
         self.capability = capability
 
-    def get_current_target(self):
+    def get_current_target(self):  # noqa: D102
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", self.capability, 32)
 
-    def get_current_device(self):
+    def get_current_device(self):  # noqa: D102
         return self.capability  # kernels are cached by device
 
-    def get_current_stream(self, device):
+    def get_current_stream(self, device):  # noqa: D102
         return 0
 
 
@@ -57,7 +56,7 @@ def compiling(capability: int) -> Iterator[list]:
     def compile_only(self, *arguments, grid, warmup, **options):
         kernels.append(run(self, *arguments, grid=grid, warmup=True, **options))
 
-    driver.set_active(_Target(capability))
+    driver.set_active(Target(capability))
     JITFunction.run = compile_only
     try:
         yield kernels
@@ -90,20 +89,12 @@ def cuda_kernels(capability: int, call: Callable[[], object]) -> list[Kernel]:
     return [
         Kernel(
             expression.split("<")[0],
-            whole(launcher.build(launcher.source(path), expression, f"sm_{capability}")[1]),
+            launcher.build(launcher.source(path), expression, f"sm_{capability}")[1],
             threads,
             shared_bytes,
         )
         for path, expression, threads, shared_bytes in launches
     ]
-
-
-def whole(cubin: bytes) -> bytes:
-    """The cubin with the zero that CuPy, up to 14.2 at least, cuts off at its end: its tables end where they say."""
-    tables = struct.unpack_from("<QQ", cubin, 0x20)
-    sizes = struct.unpack_from("<HHHH", cubin, 0x36)
-    end = max(start + sizes[2 * i] * sizes[2 * i + 1] for i, start in enumerate(tables))
-    return cubin + bytes(max(end - len(cubin), 0))
 
 
 def known(backend: str) -> list[int]:

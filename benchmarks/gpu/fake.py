@@ -22,8 +22,10 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import without_gpu
+
 CAPABILITY = (9, 0)
-SHARED_MEMORY = 232_448  # bytes that a block of compute capability 9.0 may ask for
+ARCHITECTURE = 90
 MEMORY = 1 << 30  # bytes that the GPU says are free: little, as it is the CPU's memory that a large test would fill
 ROOMS = ("lif", "bn_lif", "seal_loss", "packing")
 IN_PLACE = {"scale_", "normalised_gradient"}  # functions of the rooms that may overwrite their first argument
@@ -114,28 +116,13 @@ def _install_torch() -> None:
     )
 
 
-class _Target:
-    """What Triton asks its driver for before it compiles."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, _device):
-        return 0
-
-
 def _install_triton() -> None:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
     from gpu import launchers
 
-    driver.set_active(_Target())
+    driver.set_active(without_gpu.Target(ARCHITECTURE))
     run = JITFunction.run
 
     def compile_only(self, *arguments, grid, warmup, **options):
@@ -149,9 +136,8 @@ def _install_triton() -> None:
 def _install_cupy() -> None:
     from seal_fast.kernels.launch import cupy as launcher
 
-    architecture = f"sm_{CAPABILITY[0]}{CAPABILITY[1]}"
-    compiled = functools.cache(lambda path, expression: launcher.cached(path, expression, architecture))
-    launcher.shared_memory = lambda _device: SHARED_MEMORY
+    compiled = functools.cache(lambda path, expression: launcher.cached(path, expression, f"sm_{ARCHITECTURE}"))
+    launcher.shared_memory = lambda _device: without_gpu.SHARED_MEMORY[ARCHITECTURE]
     launcher.counter = lambda _device: torch.zeros(1, dtype=torch.int32)
     launcher.start = lambda path, expression, *_launch: compiled(path, expression)
 

@@ -72,7 +72,7 @@ def all_stages(*, rehearse: bool = False) -> dict[str, Stage]:
         "machine": Stage(40, (module("gpu.machine"),)),
         "smoke": Stage(80, tuple(module("gpu.smoke", *job) for job in each), processors),
         "tests": Stage(120, (_pytest("tests", gpu_tests, processors, rehearse),)),
-        "times": Stage(100, tuple(module("gpu.times", *job) for job in each)),
+        "times": Stage(110, tuple(module("gpu.times", *job) for job in each)),
         "steps": Stage(110, tuple(module("gpu.training_steps", *job) for job in steps)),
         "values": Stage(130, (_pytest("values", _value_tests(), processors, rehearse),)),
         "sanitizer": Stage(120, tuple(_sanitized(module, rehearse)), max(2, processors // 3)),

@@ -24,8 +24,11 @@ F32, BF16 = torch.float32, torch.bfloat16
 OPTIONS = {"decay_input": False}
 # [T, B, C, H, W], several times the 50 or 60 MB of a Hopper GPU's L2 cache in 16 bits, too.
 SHAPE = (4, 2 if record.rehearsing() else 256, 64, 32, 32)
-# backend -> constants of kernels/ that were tuned by counting alone: module, name, values to compare
-CANDIDATES: dict[str, list[tuple[str, str, tuple]]] = {"triton": [], "cupy": []}
+# backend -> constants of kernels/ that were tuned by counting alone: module, name, other values
+CANDIDATES: dict[str, list[tuple[str, str, tuple]]] = {
+    "triton": [("bn_lif.triton", "NEIGHBOURS_16_BIT", (4,)), ("bn_lif.triton", "STAGES", (1, 2))],
+    "cupy": [("bn_lif.cupy", "NEIGHBOURS_16_BIT", (8,))],
+}
 
 
 def lif(backend: str, dtype: torch.dtype, **facts) -> None:

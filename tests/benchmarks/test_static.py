@@ -120,11 +120,3 @@ def test_the_main_loop_is_the_longest_that_loads_a_stream():
 )
 def test_resident_warps(registers, threads, shared, warps):
     assert sass.resident_warps(sass.LIMITS[90], registers, threads, shared) == warps
-
-
-def test_a_cubin_that_lost_its_last_byte_is_whole_again():
-    cubin = bytearray(128)
-    cubin[0x20:0x28], cubin[0x28:0x30] = (64).to_bytes(8, "little"), (0).to_bytes(8, "little")
-    cubin[0x36:0x3E] = b"".join(size.to_bytes(2, "little") for size in (32, 2, 0, 0))  # two program headers of 32 bytes
-    assert without_gpu.whole(bytes(cubin)) == cubin
-    assert without_gpu.whole(bytes(cubin[:-1])) == cubin
