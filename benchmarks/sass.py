@@ -196,7 +196,7 @@ def waits(body: list[Instruction], wanted: set[int], *, loop: bool) -> tuple[int
     pending: list[_Load] = []
     most = trips = group = 0
     waited = -1
-    for turn in range(4 if loop else 1):  # the later ones go on with what the first have left in flight
+    for turn in range(8 if loop else 1):  # the later ones go on with what the first have left in flight
         trips = 0
         for i, instruction in enumerate(body):
             now, opcode = turn * len(body) + i, instruction.opcode

@@ -10,8 +10,6 @@ from unittest import mock
 
 import torch
 
-from seal_fast.kernels.launch import cupy as launcher
-
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a block may have
 
 
@@ -79,6 +77,8 @@ def triton_kernels(capability: int, call: Callable[[], object]) -> list[Kernel]:
 
 def cuda_kernels(capability: int, call: Callable[[], object]) -> list[Kernel]:
     """What `call` starts by CuPy."""
+    from seal_fast.kernels.launch import cupy as launcher  # not needed to start make gpu, which finds no library yet
+
     launches = []
 
     def start(path, expression, blocks, threads, arguments, device, shared_bytes=0):

@@ -16,14 +16,17 @@ import os
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 
-from gpu import prebuilt, table
+from gpu import prebuilt, record, table
 from gpu.fake import CAPABILITY
 from gpu.run import read, run
 from gpu.stages import REHEARSAL, ROOT, all_stages
+
+BEGUN = time.monotonic()
 
 
 def main(arguments: list[str]) -> int:
@@ -37,7 +40,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--kernels", type=Path, default=prebuilt.FILE, help="kernels compiled beforehand (default: %(default)s)"
     )
-    parser.add_argument("--rehearse", action="store_true", help="on a pretended GPU: kernels are compiled, not started")
+    parser.add_argument("--rehearse", action="store_true", help="on a fake GPU: kernels are compiled, not started")
     options = parser.parse_args(arguments)
     stages = all_stages(rehearse=options.rehearse)
     chosen = options.stages.split(",") if options.stages else list(stages)
@@ -55,15 +58,25 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="seal-fast-gpu-") as scratch:
         capability = CAPABILITY if options.rehearse else torch.cuda.get_device_capability()
         caches, said = prebuilt.use(options.kernels, Path(scratch) / "kernels", capability)
+        os.environ[record.RESULTS] = str(folder / "results.jsonl")
         if said:
             print(said, flush=True)
+            record.write(stage="machine", kernels=said)
         environment = {**caches, **(REHEARSAL if options.rehearse else {})}
-        run({name: stages[name] for name in chosen}, folder, options.seconds, environment)
+        left = options.seconds - (time.monotonic() - BEGUN)
+        run({name: stages[name] for name in chosen}, folder, left, environment, lambda stage: _show(stage, folder))
     entries = read(folder)
-    text = table.text(entries)
-    (folder / "table.txt").write_text(text, encoding="utf-8")
-    print(text)
+    print(table.short(entries))
     return 0 if all(entry.get("ended") == "ok" for entry in entries if "ended" in entry) else 1
+
+
+def _show(stage: str, folder: Path) -> None:
+    """What there is so far, in the file, so that it is there whatever happens to this process."""
+    entries = read(folder)
+    (folder / "table.txt").write_text(table.text(entries) + "\n", encoding="utf-8")
+    ended = [entry["ended"] for entry in entries if entry["stage"] == stage and "ended" in entry]
+    wrong = [text for text in ended if text != "ok"]
+    print(f"{time.monotonic() - BEGUN:4.0f} s  {stage}: {'; '.join(wrong) or 'ok'}", flush=True)
 
 
 def _folder(rehearse: bool) -> Path:

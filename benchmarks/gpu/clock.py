@@ -11,37 +11,50 @@ import torch
 from gpu import record
 
 WARM_UP = 3  # calls before the first that is timed
-LAUNCHES = 10  # calls whose launches are timed together: too few to fill the queue of the GPU
+LAUNCHES = 10  # calls whose launches are timed together, where they do not fill the GPU's queue of about 1,000
+SLEEP = 4_000_000  # cycles of sleep for each millisecond of the host: two, at the 2 GHz of a Hopper GPU or less
 
 
-def milliseconds(run: Callable[[], object], seconds: float = 0.2) -> dict[str, float]:
-    """Median and best of the milliseconds that the GPU takes for `run`, over so many seconds, and the host's median.
+def operator(run: Callable[[], object], seconds: float = 0.2) -> dict[str, float]:
+    """Milliseconds that the GPU takes for the kernels of `run`, median and best, and the host to launch them.
 
-    The caches are as the call before leaves them, so the data of a call should be several times the L2 cache.
+    The GPU is kept busy while the host launches, so that it is not the host that is timed. The caches are as the call
+    before leaves them: the data of a call should be several times the L2 cache.
     """
+    return _timed(run, seconds, LAUNCHES, asleep=True)
+
+
+def step(run: Callable[[], object], seconds: float = 1.0) -> dict[str, float]:
+    """Milliseconds of `run` as its caller sees them, on a GPU that waits for the host; and the host's own."""
+    return _timed(run, seconds, 1, asleep=False)
+
+
+def _timed(run, seconds: float, launches: int, *, asleep: bool) -> dict[str, float]:
     seconds = record.seconds(seconds)
     for _ in range(WARM_UP if seconds else 0):
         run()
+    host = _host(run, launches) if seconds else 0.0
     torch.cuda.synchronize()
     times, begun = [], time.perf_counter()
     while not times or (len(times) < 500 and time.perf_counter() - begun < seconds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if asleep:
+            torch.cuda._sleep(int(SLEEP * max(host, 0.1)))
         start.record()
         run()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    found = {"ms": statistics.median(times), "best_ms": min(times), "rounds": len(times)}
-    return found | ({"host_ms": _host(run)} if seconds else {})
+    return {"ms": statistics.median(times), "best_ms": min(times), "rounds": len(times), "host_ms": host}
 
 
-def _host(run: Callable[[], object]) -> float:
+def _host(run, launches: int) -> float:
     times = []
     for _ in range(5):
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        for _ in range(LAUNCHES):
+        for _ in range(launches):
             run()
-        times.append((time.perf_counter() - begun) / LAUNCHES * 1e3)
+        times.append((time.perf_counter() - begun) / launches * 1e3)
     torch.cuda.synchronize()
     return statistics.median(times)

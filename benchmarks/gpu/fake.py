@@ -1,4 +1,4 @@
-"""A pretended GPU: every kernel that a program would launch is compiled for it, and results come from the CPU kernels.
+"""A fake GPU: every kernel that a program would launch is compiled for it, and results come from the CPU kernels.
 
     python -m gpu.fake MODULE [ARGUMENT ...]     run a module on it, as `python -m MODULE ARGUMENT ...` would on a GPU
     pytest -p gpu.fake                           run tests on it
@@ -84,7 +84,7 @@ def install() -> None:
 def _install_torch() -> None:
     cuda = torch.cuda
     properties = types.SimpleNamespace(
-        name="pretended GPU",
+        name="fake GPU",
         major=CAPABILITY[0],
         minor=CAPABILITY[1],
         L2_cache_size=50 << 20,

@@ -13,6 +13,9 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from unittest import mock
+
+from triton.runtime import build
 
 
 def prepare(kernel) -> None:
@@ -32,7 +35,18 @@ def _prepared(driver, signature: tuple, kernel) -> None:
     if key in _done:
         return
     _done.add(key)
-    driver.CudaLauncher(kernel.src, kernel.metadata)
+    for platform in _platforms():
+        with mock.patch.object(build, "platform_key", lambda platform=platform: platform, create=True):
+            driver.CudaLauncher(kernel.src, kernel.metadata)
+
+
+@functools.cache
+def _platforms() -> list[str]:
+    """This platform by the names that Triton's keys may have for it: Python asks the program `file`, if it is there."""
+    if not hasattr(build, "platform_key"):
+        return [""]
+    own = build.platform_key()
+    return list(dict.fromkeys([own, own.removesuffix("ELF"), own.removesuffix("ELF") + "ELF"]))
 
 
 @functools.cache
@@ -48,8 +62,12 @@ def _stub(driver: Path) -> None:
     compiler = os.environ.get("CC", "gcc")
     command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(source), "-o", str(library)]
     subprocess.run(command, check=True)
+    (folder / "libcuda.so").symlink_to(library)  # for -lcuda of older releases
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     for cached in ("libcuda_dirs", "library_dirs"):
         getattr(loaded, cached).cache_clear()
-    loaded.CudaUtils()
+    for platform in _platforms():
+        with mock.patch.object(build, "platform_key", lambda platform=platform: platform, create=True):
+            loaded.CudaUtils.instance = object.__new__(loaded.CudaUtils)
+            loaded.CudaUtils()

@@ -30,7 +30,7 @@ def copy_bandwidth() -> float:
     """Terabytes a second that a large copy reads and writes."""
     source = torch.ones(1 if record.rehearsing() else COPIED, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / clock.milliseconds(lambda: target.copy_(source))["ms"] / 1e9
+    return 2 * source.numel() / clock.operator(lambda: target.copy_(source))["ms"] / 1e9
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m gpu.prebuilt [--output FILE] [--stages NAME,...]
 
-Runs the stages of `make gpu` on a pretended GPU (fake.py), so that every kernel that they start is compiled, and packs
+Runs the stages of `make gpu` on a fake GPU (fake.py), so that every kernel that they start is compiled, and packs
 the caches of Triton and of kernels/launch/cupy.py into one file, which `make gpu` uses where its keys are those of the
 compilers there: it must be made with the versions of torch, Triton and CuPy that the GPU's machine has.
 """
@@ -30,6 +30,8 @@ FILE = ROOT / "build" / "gpu-kernels.tar.xz"
 CACHES = {"triton": "TRITON_CACHE_DIR", "cupy": "CUPY_CACHE_DIR"}
 NEEDED = (".cubin", ".json", ".so")  # of what Triton keeps: the rest are steps on the way to the cubin
 GROUP = "__grp__"  # begins the names of Triton's files that hold the paths of a kernel's other files
+SOURCES = (".py", ".cu", ".cuh", ".h")
+UNKNOWN = "unknown: "
 LIMIT = 3600  # seconds for all stages, a bound against hanging
 
 
@@ -45,8 +47,25 @@ def commit() -> str:
 
 
 def keys(capability: tuple[int, int] = fake.CAPABILITY) -> dict[str, str]:
-    """What the compiled kernels of each backend depend on beside their source: equal keys, equal kernels."""
-    return {"triton": _triton_key(10 * capability[0] + capability[1]), "cupy": _nvrtc_key(capability)}
+    """What the compiled kernels of each backend depend on beside their source: equal keys, equal kernels.
+
+    Where a compiler cannot be asked, its key says why.
+    """
+    found = {}
+    for name, ask in (("triton", _triton_key), ("cupy", _nvrtc_key)):
+        try:
+            found[name] = ask(10 * capability[0] + capability[1])
+        except Exception as error:
+            found[name] = f"{UNKNOWN}{error}"
+    return found
+
+
+def sources() -> str:
+    """A checksum of the kernels' sources."""
+    checksum = hashlib.sha256()
+    for path in sorted(path for path in (ROOT / "kernels").rglob("*") if path.suffix in SOURCES):
+        checksum.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return checksum.hexdigest()[:12]
 
 
 def _triton_key(architecture: int) -> str:
@@ -62,10 +81,10 @@ def _triton_key(architecture: int) -> str:
     return f"{__version__} {hashlib.sha256(text.encode()).hexdigest()[:12]} {sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def _nvrtc_key(capability: tuple[int, int]) -> str:
+def _nvrtc_key(architecture: int) -> str:
     from cupy.cuda import nvrtc
 
-    return f"NVRTC {'.'.join(map(str, nvrtc.getVersion()))} sm_{capability[0]}{capability[1]}"
+    return f"NVRTC {'.'.join(map(str, nvrtc.getVersion()))} sm_{architecture}"
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -129,21 +148,22 @@ def use(file: Path, folder: Path, capability: tuple[int, int]) -> tuple[dict[str
     """
     if not file.exists():
         return {}, ""
-    manifest, own = unpack(file, folder), keys(capability)
-    fitting = [name for name in CACHES if manifest["keys"][name] == own[name]]
-    said = []
-    for name in CACHES:
-        count = manifest["kernels"][name]
-        if name in fitting:
-            said.append(
-                f"{count} kernels of {name} that were compiled beforehand (commit {manifest['commit']}) are used."
-            )
+    try:
+        manifest = unpack(file, folder)
+    except Exception as error:  # whatever is wrong with it, the run goes on
+        return {}, f"{file} cannot be used: {error}"
+    own, places = keys(capability), environment(folder)
+    used, said = {}, [f"Compiled beforehand, of commit {manifest['commit']}:"]
+    for name, variable in CACHES.items():
+        count, key = manifest["kernels"][name], manifest["keys"][name]
+        if key == own[name] and not key.startswith(UNKNOWN):
+            used[variable] = places[variable]
+            said.append(f"{count} kernels of {name} are used.")
         else:
-            said.append(
-                f"{count} kernels of {name} are not: they are of {manifest['keys'][name]}, and here is {own[name]}."
-            )
-    places = environment(folder)
-    return {CACHES[name]: places[CACHES[name]] for name in fitting}, " ".join(said)
+            said.append(f"{count} kernels of {name} are not: they are of {key}, and here is {own[name]}.")
+    if manifest["sources"] != sources():
+        said.append("Sources of kernels have changed since; what they make is compiled here.")
+    return used, " ".join(said)
 
 
 def build(file: Path, stages: dict[str, Stage], results: Path) -> dict:
@@ -160,7 +180,8 @@ def build(file: Path, stages: dict[str, Stage], results: Path) -> dict:
         folder = Path(scratch)
         ordered = {"beside": Stage(LIMIT, beside, os.cpu_count() or 1), "alone": Stage(LIMIT, alone)}
         run(ordered, results, 2 * LIMIT, {**environment(folder), **REHEARSAL})
-        return pack(folder, file, {"commit": commit(), "keys": keys(), "seconds": round(time.monotonic() - begun)})
+        facts = {"commit": commit(), "keys": keys(), "sources": sources()}
+        return pack(folder, file, {**facts, "seconds": round(time.monotonic() - begun)})
 
 
 def main(arguments: list[str]) -> int:

@@ -9,20 +9,28 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gpu import record
-from gpu.stages import ROOT, Job, Stage
+from gpu.stages import ROOT, SINGLE, Job, Stage
 
-GRACE = 5  # seconds that a process has to end by itself after its limit
-KEPT = 1 << 18  # bytes of a job's output that are kept, of its beginning and of its end together
-LEAST = 5  # seconds with which a stage is begun at the least
+GRACE = 5  # seconds that a process has to end by itself after its limit, and again after it was killed
+LOG_BYTES = 1 << 18  # of a job's output that are kept, of its beginning and of its end together
+MIN_SECONDS = 5  # with fewer left, a stage is left out
+MIN_SHARE = 15  # seconds that a job has at the least, if its stage has
 ROOMS = ("kernels", "train")  # of the library, that lie beside it in the tree
 _SITE = "SEAL_FAST_GPU_SITE"  # where processes start: Python looks for modules there first
 
 
-def run(stages: dict[str, Stage], folder: Path, seconds: float, environment: dict[str, str]) -> None:
+def run(
+    stages: dict[str, Stage],
+    folder: Path,
+    seconds: float,
+    environment: dict[str, str],
+    ended: Callable[[str], None] = lambda stage: None,
+) -> None:
     """Run all stages within so many seconds, whatever becomes of each.
 
     Args:
@@ -30,11 +38,14 @@ def run(stages: dict[str, Stage], folder: Path, seconds: float, environment: dic
         folder: Gets results.jsonl, to which the stages add what they find, and log.txt, what they print.
         seconds: For all of them together.
         environment: Added to that of every process.
+        ended: Called with the name of each stage when it has ended.
     """
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="seal-fast-gpu-") as site:
         environment = {**environment, **_paths(Path(site)), record.RESULTS: str((folder / "results.jsonl").resolve())}
-        _run_stages(stages, folder, end, environment)
+        for name, stage in stages.items():
+            _run_stage(name, stage, folder, end - time.monotonic(), environment)
+            ended(name)
 
 
 def _paths(site: Path) -> dict[str, str]:
@@ -50,23 +61,28 @@ def _paths(site: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(map(str, paths)), _SITE: str(site)}
 
 
-def _run_stages(stages: dict[str, Stage], folder: Path, end: float, environment: dict[str, str]) -> None:
-    for name, stage in stages.items():
-        left = end - time.monotonic()
-        if left < LEAST:
-            _write(folder, stage=name, ended="left out: no time was left")
-            continue
-        deadline = time.monotonic() + min(stage.limit, left)
-        with ThreadPoolExecutor(max(stage.together, 1)) as pool:
-            for job in stage.jobs:
-                pool.submit(_run_one, name, job, folder, deadline, environment)
-        if not stage.jobs:
-            _write(folder, stage=name, ended="left out: what it needs is not installed")
+def _run_stage(name: str, stage: Stage, folder: Path, left: float, environment: dict[str, str]) -> None:
+    """Run the jobs of a stage; one that hangs leaves time to the others, if these are no slower than twice the mean."""
+    if left < MIN_SECONDS:
+        return _write(folder, stage=name, ended="left out: no time was left")
+    if not stage.jobs:
+        return _write(folder, stage=name, ended="left out: what it needs is not installed")
+    limit = min(stage.limit, left)
+    share = max(2 * limit * stage.workers / len(stage.jobs), MIN_SHARE)
+    deadline = time.monotonic() + limit
+    if stage.workers > 1:
+        environment = {**environment, **SINGLE}
+    with ThreadPoolExecutor(stage.workers) as pool:
+        futures = {job: pool.submit(_run_one, name, job, folder, deadline, share, environment) for job in stage.jobs}
+    for job, future in futures.items():
+        if future.exception() is not None:
+            _write(folder, stage=name, job=job.name, ended=f"not run: {future.exception()}")
 
 
-def _run_one(stage: str, job: Job, folder: Path, deadline: float, environment: dict[str, str]) -> None:
+def _run_one(stage: str, job: Job, folder: Path, deadline: float, share: float, environment: dict[str, str]) -> None:
     """Run a process until it ends or its time is over; its processes end with it."""
     begun = time.monotonic()
+    deadline = min(deadline, begun + share)
     with tempfile.TemporaryFile() as output:
         try:
             ended = _ended(job, output, deadline, environment)
@@ -74,8 +90,8 @@ def _run_one(stage: str, job: Job, folder: Path, deadline: float, environment: d
             ended = f"did not start: {error}"
         output.seek(0)
         text = output.read()
-    if len(text) > KEPT:
-        text = text[: KEPT // 2] + b"\n[...]\n" + text[-KEPT // 2 :]
+    if len(text) > LOG_BYTES:
+        text = text[: LOG_BYTES // 2] + b"\n[...]\n" + text[-LOG_BYTES // 2 :]
     with open(folder / "log.txt", "ab") as log:
         log.write(f"\n==> {stage}: {job.name}: {ended}\n".encode() + text)
     _write(folder, stage=stage, job=job.name, ended=ended, seconds=round(time.monotonic() - begun, 1))
@@ -109,7 +125,8 @@ def _ended(job: Job, output, deadline: float, environment: dict[str, str]) -> st
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)  # one that waits in the driver cannot be killed
 
 
 def _write(folder: Path, **entry) -> None:

@@ -65,10 +65,10 @@ def seal_loss(backend: str) -> None:
             seal_fast.selective_alignment_weights(logits, backend=backend)
 
 
-OPERATORS = {function.__name__: function for function in (lif, bn_lif, seal_loss)}
+FIRST_ARGUMENTS = {function.__name__: function for function in (lif, bn_lif, seal_loss)}
 
 if __name__ == "__main__":
-    OPERATORS[sys.argv[1]](sys.argv[2])
+    FIRST_ARGUMENTS[sys.argv[1]](sys.argv[2])
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")

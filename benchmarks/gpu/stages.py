@@ -16,12 +16,13 @@ OPERATORS = ("lif", "bn_lif", "seal_loss", "packing")
 BACKENDS = ("triton", "cupy")
 # Other values are drawn from run to run, or need minutes: they are for make test.
 UNFIT = ("test_lif_sweep.py",)
-# One thread for each process: they share the processors, and kernels of the CPU are what their results come from.
-REHEARSAL = {SECONDS: "0", "OMP_NUM_THREADS": "1"}
+# For processes that share the processors: one thread each, of what they compute on the CPU.
+SINGLE = {"OMP_NUM_THREADS": "1"}
+REHEARSAL = {SECONDS: "0", **SINGLE}
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor has memory of its own, whose ends the sanitizer knows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A process of a stage.
 
@@ -49,37 +50,37 @@ class Stage:
     Attributes:
         limit: Seconds for all of them, at most.
         jobs: The processes.
-        together: How many run at once.
+        workers: How many run at once.
     """
 
     limit: float
     jobs: tuple[Job, ...]
-    together: int = 1
+    workers: int = 1
 
 
 def all_stages(*, rehearse: bool = False) -> dict[str, Stage]:
     """Name -> stage, in their order.
 
     Args:
-        rehearse: Whether the GPU is a pretended one (fake.py), to compile kernels or to try the run itself.
+        rehearse: Whether the GPU is a fake one (fake.py), to compile kernels or to try the run itself.
     """
     processors = os.cpu_count() or 1
-    module = _pretended if rehearse else _module
+    module = _faked if rehearse else _module
     each = [(operator, backend) for operator in OPERATORS for backend in BACKENDS]
-    steps = [(backend, amp) for amp in ("bf16", "off") for backend in BACKENDS] + [("floor", "bf16"), ("floor", "off")]
+    steps = [(contestant, amp) for amp in ("bf16", "off") for contestant in ("triton", "floor", "cupy")]
     gpu_tests = sorted(str(path) for path in (ROOT / "tests" / "kernels").glob("*_gpu.py"))
     stages = {
         "machine": Stage(40, (module("gpu.machine"),)),
         "smoke": Stage(80, tuple(module("gpu.smoke", *job) for job in each), processors),
         "tests": Stage(120, (_pytest("tests", gpu_tests, processors, rehearse),)),
         "times": Stage(110, tuple(module("gpu.times", *job) for job in each)),
-        "steps": Stage(110, tuple(module("gpu.training_steps", *job) for job in steps)),
+        "steps": Stage(140, tuple(module("gpu.training_steps", *job) for job in steps)),
         "values": Stage(130, (_pytest("values", _value_tests(), processors, rehearse),)),
         "sanitizer": Stage(120, tuple(_sanitized(module, rehearse)), max(2, processors // 3)),
     }
     if not rehearse:  # they start no kernel of this library that is not started before
-        rivals = ("lif", "seal_loss", "training")
-        stages["rivals"] = Stage(150, tuple(module("gpu.rivals", name) for name in rivals))
+        peers = ("lif", "seal_loss", "training")
+        stages["peers"] = Stage(150, tuple(module("gpu.peers", name) for name in peers))
     return stages
 
 
@@ -87,7 +88,7 @@ def _module(name: str, *arguments: str) -> Job:
     return Job(" ".join((name.removeprefix("gpu."), *arguments)), ("-m", name, *arguments))
 
 
-def _pretended(name: str, *arguments: str) -> Job:
+def _faked(name: str, *arguments: str) -> Job:
     return Job(_module(name, *arguments).name, ("-m", "gpu.fake", name, *arguments))
 
 
@@ -95,7 +96,7 @@ def _pytest(stage: str, files: list[str], workers: int, rehearse: bool) -> Job:
     plugins = ["gpu.outcomes", "gpu.sticky", *(["gpu.fake"] if rehearse else [])]
     options = [f"--numprocesses={workers}", "--dist=worksteal", "-c", str(ROOT / "pyproject.toml")]
     options += [text for plugin in plugins for text in ("-p", plugin)]
-    return Job(stage, ("-m", "pytest", *options, "-p", "no:cacheprovider", *files), {STAGE: stage})
+    return Job(stage, ("-m", "pytest", *options, "-p", "no:cacheprovider", *files), {STAGE: stage, **SINGLE})
 
 
 def _value_tests() -> list[str]:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import collections
+import re
 
 MOST = 11_000  # characters
 FAILURES = 12  # failed tests that are named, of a stage
-EXACT = {"spikes", "bits", "differing"}  # how many entries differ, or which share of them
+EXACT = {"spikes", "evaluated", "bits", "differing"}  # how many entries differ, or which share of them
+
+
+SHORTER = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "contiguous_format": "nchw", "channels_last": "nhwc"}
 
 
 def text(entries: list[dict]) -> str:
     """The table of a run's entries."""
-    parts = [_machine, _smoke, _tests, _times, _steps, _rivals, _jobs]
-    lines = [line for part in parts for line in part(entries)]
-    whole = "\n".join(line[:200] for line in lines)
-    return whole if len(whole) <= MOST else whole[: MOST // 2] + "\n[... see results.jsonl]\n" + whole[-MOST // 2 :]
+    parts = [_machine, _smoke, _tests, _times, _steps, _peers, _jobs]
+    whole = "\n".join(line[:240] for part in parts for line in part(entries))
+    for name, shorter in SHORTER.items():
+        whole = whole.replace(name, shorter)
+    return whole
+
+
+def short(entries: list[dict]) -> str:
+    """The table in at most MOST characters: without tuning candidates, and cut in the middle if that is not enough."""
+    whole = text([entry for entry in entries if "candidate" not in entry])
+    whole = re.sub(" {3,}", "  ", whole)
+    return whole if len(whole) <= MOST else whole[: MOST // 2] + "\n[... see table.txt]\n" + whole[-MOST // 2 :]
 
 
 def _of(entries, stage):
@@ -59,17 +71,17 @@ def _tests(entries):
 
 def _times(entries):
     for entry in _of(entries, "times"):
-        facts = ("operator", "backend", "dtype", "layout", "shape", "residual", "candidate")
+        facts = ("operator", "backend", "dtype", "layout", "shape", "candidate")
         name = " ".join(_shown(entry[fact]) for fact in facts if fact in entry)
-        figures = [
-            f"{name.removesuffix('_ms')} {value:.3f} ms" + (f" {rate:.2f} TB/s" if rate else "")
-            for name, value in entry.items()
-            if name.endswith("_ms") and not name.endswith(("best_ms", "host_ms"))
-            for rate in [entry.get(name.removesuffix("_ms") + "_TB_s")]
-        ]
-        copied = [f"{entry['copy_TB_s']:.2f} TB/s"] if "copy_TB_s" in entry else []
-        host = [f"host {1e3 * value:.0f} us" for key, value in entry.items() if key.endswith("host_ms")]
-        yield f"times    {name:66s} {'  '.join(figures + copied + host[:2])}{_failed(_reasons(entry))}"
+        name += " + residual" if entry.get("residual") else ""
+        figures = [f"{entry['copy_TB_s']:.2f} TB/s"] if "copy_TB_s" in entry else []
+        for key, value in entry.items():
+            if key.endswith("_ms") and not key.endswith(("best_ms", "host_ms")):
+                call = key.removesuffix("_ms")
+                rate, host = entry.get(f"{call}_TB_s"), entry.get(f"{call}_host_ms", 0)
+                speed = f" {rate:.2f} TB/s" if rate else ""
+                figures.append(f"{call} {value:.3f} ms{speed} host {host:.2f}")
+        yield f"times    {name:50s} {'  '.join(figures)}{_failed(_reasons(entry))}"
 
 
 def _steps(entries):
@@ -79,11 +91,11 @@ def _steps(entries):
         yield f"step     {name:40s} {_step(entry)}"
 
 
-def _rivals(entries):
-    for entry in _of(entries, "rivals"):
+def _peers(entries):
+    for entry in _of(entries, "peers"):
         facts = ("operator", "contestant", "dtype", "shape")
         name = " ".join(_shown(entry[fact]) for fact in facts if fact in entry)
-        yield f"rivals   {name:66s} {_step(entry)}"
+        yield f"peers    {name:66s} {_step(entry)}"
 
 
 def _step(entry):

@@ -2,7 +2,7 @@
 
     python -m gpu.times OPERATOR BACKEND
 
-`forward_TB_s` and the like are the fewest bytes that the call must move, over the time that it takes.
+`forward_TB_s` and the like are the bytes that the kernels of the call read and write, over the time that it takes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 import seal_fast
-from gpu import record
-from gpu.clock import milliseconds
+from gpu import clock, record
 from gpu.machine import copy_bandwidth
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -26,7 +25,11 @@ OPTIONS = {"decay_input": False}
 SHAPE = (4, 2 if record.rehearsing() else 256, 64, 32, 32)
 # backend -> constants of kernels/ that were tuned by counting alone: module, name, other values
 CANDIDATES: dict[str, list[tuple[str, str, tuple]]] = {
-    "triton": [("bn_lif.triton", "NEIGHBOURS_16_BIT", (4,)), ("bn_lif.triton", "STAGES", (1, 2))],
+    "triton": [
+        ("bn_lif.triton", "NEIGHBOURS_16_BIT", (4,)),
+        ("bn_lif.triton", "STAGES", (1, 2, 4)),
+        ("bn_lif.triton_tiles", "PROGRAMS", (264, 528)),
+    ],
     "cupy": [("bn_lif.cupy", "NEIGHBOURS_16_BIT", (8,))],
 }
 
@@ -52,7 +55,7 @@ def bn_lif(backend: str, dtype: torch.dtype, **facts) -> None:
 
 
 def _layer(entry: dict, backend: str, dtype: torch.dtype, layout: torch.memory_format, has_residual: bool) -> None:
-    """Reads y twice forward and four times backward, as statistics and sums come before what they are needed for."""
+    """Forward reads y twice; backward, too, and it writes and reads the gradient of the membrane input in between."""
     T, B, *image = SHAPE
     y, residual, upstream = (
         torch.randn(T * B, *image, device="cuda").to(dtype, memory_format=layout).requires_grad_() for _ in range(3)
@@ -97,12 +100,12 @@ def packing(backend: str, dtype: torch.dtype, **facts) -> None:
 
 
 def _note(entry: dict, name: str, run, moved: int) -> None:
-    found = milliseconds(run)
+    found = clock.operator(run)
     entry.update({f"{name}_{key}": value for key, value in found.items() if key != "rounds"})
     entry[f"{name}_TB_s"] = moved / found["ms"] / 1e9
 
 
-OPERATORS = {function.__name__: function for function in (lif, bn_lif, seal_loss, packing)}
+FIRST_ARGUMENTS = {function.__name__: function for function in (lif, bn_lif, seal_loss, packing)}
 
 
 def main(operator: str, backend: str) -> None:
@@ -110,14 +113,14 @@ def main(operator: str, backend: str) -> None:
     with record.attempt(stage="times", operator="copy", backend=backend) as entry:
         entry["copy_TB_s"] = copy_bandwidth()
     for dtype in (F32, BF16):
-        OPERATORS[operator](backend, dtype)
+        FIRST_ARGUMENTS[operator](backend, dtype)
     for place, constant, values in CANDIDATES[backend]:
         module = importlib.import_module(f"seal_fast.kernels.{place}")
         if place.partition(".")[0] != operator:
             continue
         for value in values:
             with mock.patch.object(module, constant, value):
-                OPERATORS[operator](backend, BF16, candidate=f"{constant}={value}")
+                FIRST_ARGUMENTS[operator](backend, BF16, candidate=f"{constant}={value}")
 
 
 if __name__ == "__main__":

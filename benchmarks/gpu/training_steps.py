@@ -10,8 +10,7 @@ import sys
 
 import torch
 
-from gpu import record
-from gpu.clock import milliseconds
+from gpu import clock, record
 from seal_fast.models import folded
 from seal_fast.train.step import AMP_DTYPES, GraphedStep, Step
 from seal_fast.train.tasks import DistillTask, parameter_groups
@@ -62,14 +61,12 @@ def convolutions(amp: str) -> None:
 
 
 def _note(entry: dict, problem: Problem, run) -> None:
-    entry.update(milliseconds(run, 2))
+    entry.update(clock.step(run), tf32=torch.backends.cudnn.allow_tf32)
     entry["images_s"] = len(problem.labels) / entry["ms"] * 1e3
     entry["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
 
 
+FIRST_ARGUMENTS = {"triton": ours, "cupy": ours, "floor": lambda _, amp: convolutions(amp)}
+
 if __name__ == "__main__":
-    contestant, precision = sys.argv[1:]
-    if contestant == "floor":
-        convolutions(precision)
-    else:
-        ours(contestant, precision)
+    FIRST_ARGUMENTS[sys.argv[1]](*sys.argv[1:])

@@ -38,9 +38,9 @@ KEPT_FORWARD = 288  # of inputs by _forward, which takes 193 registers where the
 # both. As tiles are on their way while others are computed, instructions decided. To change it, time both on a GPU, in
 # both layouts, at T = 4.
 NEIGHBOURS_16_BIT = 8
-# Tiles in shared memory, backwards: the one at hand, and those that are on their way. With 1, ptxas loads the numbers
-# of each step just before their use, and a thread waits for memory three to five times for each tile; with 2, none is
-# on its way while one is computed. Counted by benchmarks/static.py.
+# Triton's num_stages of _backward's loop: STAGES - 1 tiles are in shared memory. With 1, ptxas loads the elements of
+# each step just before their use, and a thread waits for memory three to five times for each tile; with 2, none is on
+# its way while one is computed. Counted by benchmarks/static.py; to change it, time 2, 3 and 4 on a GPU.
 STAGES = 3
 
 _NUMBERS = ["tau", "inverse_tau", "decay", "threshold", "reset"]
@@ -183,7 +183,7 @@ def _backward(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     ALIGNED: tl.constexpr,
-    STAGES: tl.constexpr,  # tiles in shared memory
+    STAGES: tl.constexpr,  # of the pipeline
 ):
     N, y_stride, residual_stride = size(N, ALIGNED), size(y_stride, ALIGNED), size(residual_stride, ALIGNED)
     C, inner = size(C, ALIGNED if LAST else 1), size(inner, 1 if LAST else ALIGNED)

@@ -16,8 +16,11 @@ from .tensors import alike, dense, inputs
 from .triton_tiles import enter, next_tile, tile_at, tiling
 
 THREADS = 128  # of a program
-AT_ONCE = 16  # numbers that a thread of _statistics reads at once
-STAGES = 3  # tiles in shared memory, of _statistics: see triton.py
+AT_ONCE = 16  # elements that a thread of _statistics reads at once
+# Bytes of an access; with narrower ones, which are not pipelined, a thread reads half as many elements at once: for
+# bfloat16 maps of 7 x 7 pixels, 16 take 96 registers and spill 8 bytes on sm_90.
+NARROW = 4
+STAGES = 3  # num_stages of the loop in _statistics: see triton.py
 CHANNELS, SPLITS = 32, 32  # of which a program of _merge reads what others have left, at once
 
 SIZES = ["C", "inner", "positions", "turns", "blocks"]  # see kernels/lif/triton.py
@@ -37,7 +40,7 @@ def _statistics(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     ALIGNED: tl.constexpr,
-    STAGES: tl.constexpr,  # tiles in shared memory
+    STAGES: tl.constexpr,  # of the pipeline
 ):
     C, inner = size(C, ALIGNED if LAST else 1), size(inner, 1 if LAST else ALIGNED)
     split, c, position, offset, inside, tiles = enter(C, inner, positions, turns, blocks, LAST, ROWS, COLS)
@@ -141,6 +144,8 @@ def statistics(
     state, C = state_dtype(y.dtype), given.C
     mean, variance = (torch.empty(C, dtype=state, device=y.device) for _ in range(2))
     tiles = tiling(given.N, C, given.channel_stride, y.dtype, THREADS * AT_ONCE)
+    if tiles.constants["ALIGNED"] * y.dtype.itemsize < NARROW:
+        tiles = tiling(given.N, C, given.channel_stride, y.dtype, THREADS * AT_ONCE // 2)
     partials = torch.empty((tiles.splits, 3, C), dtype=state, device=y.device)
     common = {
         "device": y.device,

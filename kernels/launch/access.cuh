@@ -52,7 +52,8 @@ SEAL_FN uint16_t load_word(const uint16_t* from) {
 
 // ORDERED, from global memory alone: the loads are issued in the order of the program. Others ptxas puts off until just
 // before their use, to save registers, even where a thread waits for memory several times because of it. Whoever loads
-// first what is used last, and last what is used first, has all loads in flight before the first wait.
+// first what is used last, and last what is used first, has all loads in flight before the first wait. Only for memory
+// that the kernel does not write: the compiler may move stores across these loads.
 template <int VECTOR, bool ORDERED = false, typename Number>
 SEAL_FN Group<Number, VECTOR> read(const Number* from) {
   typedef typename WordOf<sizeof(Group<Number, VECTOR>)>::type Word;

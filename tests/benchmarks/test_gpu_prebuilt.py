@@ -39,7 +39,8 @@ def built_and_used(stages: dict[str, Stage], tmp_path) -> dict:
     caches, said = prebuilt.use(file, folder, fake.CAPABILITY)
     assert set(caches) == {"TRITON_CACHE_DIR", "CUPY_CACHE_DIR"}
     for name, count in manifest["kernels"].items():
-        assert f"{count} kernels of {name} that were compiled beforehand" in said
+        assert f"{count} kernels of {name} are used." in said
+    assert "have changed" not in said
     before = files(folder)
     rehearse(stages, caches, tmp_path / "using")
     assert files(folder) == before
@@ -53,7 +54,7 @@ def packed(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("packed")
     jobs = [job for job in all_stages(rehearse=True)["smoke"].jobs if job.name.startswith("smoke packing")]
     assert len(jobs) == 2
-    return tmp_path / "kernels.tar.xz", built_and_used({"smoke": Stage(600, tuple(jobs), together=2)}, tmp_path)
+    return tmp_path / "kernels.tar.xz", built_and_used({"smoke": Stage(600, tuple(jobs), workers=2)}, tmp_path)
 
 
 def test_no_kernel_is_compiled_twice(packed):
@@ -108,6 +109,31 @@ def test_kernels_of_another_gpu_are_not_used(packed, tmp_path):
     assert said.count(" are not: ") == 2
 
 
+def test_sources_that_changed_are_announced(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(prebuilt, "sources", lambda: "others")
+    caches, said = prebuilt.use(packed[0], tmp_path, fake.CAPABILITY)
+    assert len(caches) == 2
+    assert said.endswith("Sources of kernels have changed since; what they make is compiled here.")
+
+
+def test_a_compiler_that_cannot_be_asked_ends_nothing(packed, tmp_path, monkeypatch):
+    def broken(_architecture):
+        raise OSError("libnvrtc.so.13 is missing")
+
+    monkeypatch.setattr(prebuilt, "_nvrtc_key", broken)
+    caches, said = prebuilt.use(packed[0], tmp_path, fake.CAPABILITY)
+    assert set(caches) == {"TRITON_CACHE_DIR"}
+    assert "here is unknown: libnvrtc.so.13 is missing." in said
+
+
+def test_a_damaged_file_ends_nothing(packed, tmp_path):
+    damaged = tmp_path / "damaged.tar.xz"
+    damaged.write_bytes(packed[0].read_bytes()[:5000])
+    caches, said = prebuilt.use(damaged, tmp_path / "folder", fake.CAPABILITY)
+    assert caches == {}
+    assert said.startswith(f"{damaged} cannot be used: ")
+
+
 def test_without_a_file_nothing_is_used(tmp_path):
     assert prebuilt.use(tmp_path / "none", tmp_path / "folder", fake.CAPABILITY) == ({}, "")
 
@@ -118,7 +144,7 @@ def test_manifest_says_where_the_kernels_come_from(packed):
     assert manifest["commit"] == prebuilt.commit()
 
 
-def test_pretended_gpu_gives_what_the_cpu_computes(tmp_path):
+def test_fake_gpu_gives_what_the_cpu_computes(tmp_path):
     """And compiles what was asked for: forward and backward of one neuron, on both backends."""
     code = """
 import json
@@ -134,8 +160,8 @@ for backend in ("triton", "cupy", "cpu"):
 assert found[0][0].sum() > 0
 print(json.dumps([[torch.equal(*pair) for pair in zip(found[i], found[2])] for i in (0, 1)]))
 """
-    job = type(all_stages(rehearse=True)["times"].jobs[0])("pretended", ("-c", code))
-    run({"pretended": Stage(200, (job,))}, tmp_path, 200, prebuilt.environment(tmp_path))
+    job = type(all_stages(rehearse=True)["times"].jobs[0])("fake", ("-c", code))
+    run({"fake": Stage(200, (job,))}, tmp_path, 200, prebuilt.environment(tmp_path))
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert json.loads(log.splitlines()[-1]) == [[True] * 3] * 2
     assert prebuilt.counted(tmp_path) == {"triton": 2, "cupy": 2}

@@ -57,7 +57,7 @@ def test_large_layers_equal_the_composition(gpu_backend, dtype, layout):
         )
     }
     assert differing <= share, errors
-    assert max(errors.values()) <= 5 * tolerance, errors
+    assert all(error <= 5 * tolerance for error in errors.values()), errors  # NaN is no error that passes
 
 
 def test_nothing_waits_for_the_gpu(gpu_backend):
@@ -81,7 +81,8 @@ def test_captured_graph_replays(gpu_backend):
         torch.testing.assert_close(got, expected)
 
 
-def test_packed_spikes_are_unpacked_on_the_gpu(gpu_backend):
+def test_packed_spikes_are_unpacked_on_the_gpu(gpu_backend, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     y, residual, _ = inputs(torch.bfloat16, torch.channels_last, 16)
     convolution = nn.Conv2d(C, C, 3, device="cuda", dtype=torch.bfloat16)
     gradients = []

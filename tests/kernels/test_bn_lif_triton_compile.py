@@ -110,6 +110,7 @@ EVERYTHING = {"tau": torch.full((64,), 1.7), "decay_input": True, "v_reset": Non
         (4, torch.float32, (2, 64, 8, 8)),
         (10, torch.bfloat16, (2, 64, 8, 8)),
         (16, torch.float32, (2, 64, 7, 7)),  # not aligned
+        (4, torch.bfloat16, (2, 64, 7, 7)),
         (33, torch.bfloat16, (2, 64, 8, 8)),
         (17, torch.float32, (2, 64, 8, 8)),
     ],

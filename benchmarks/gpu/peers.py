@@ -1,7 +1,7 @@
 """The same calls as SpikingJelly, torch.compile and torch's loops run them: each contestant in an attempt of its own.
 
-python -m gpu.rivals OPERATOR       lif or seal_loss
-python -m gpu.rivals training       full training steps but ours
+python -m gpu.peers OPERATOR       lif or seal_loss
+python -m gpu.peers training       full training steps but ours
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch
 
 import peers
 import training
-from gpu import record
-from gpu.clock import milliseconds
+from gpu import clock, record
 from gpu.times import SHAPE
 from gpu.training_steps import CASE, problem_of
 
@@ -26,13 +25,13 @@ def lif() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for name, function in peers.lif(device, OPTIONS).items():
             facts = {"operator": "lif", "contestant": name, "dtype": str(dtype), "shape": SHAPE}
-            with record.attempt(stage="rivals", **facts) as entry:
+            with record.attempt(stage="peers", **facts) as entry:
                 x, upstream = (torch.randn(SHAPE, device=device).to(dtype) for _ in range(2))
                 leaf = x.requires_grad_()
                 run = lambda function=function, leaf=leaf, upstream=upstream: torch.autograd.grad(
                     function(leaf), leaf, upstream
                 )
-                entry.update(milliseconds(run))
+                entry.update(clock.operator(run))
 
 
 def seal_loss() -> None:
@@ -41,13 +40,13 @@ def seal_loss() -> None:
     for shape in ((4, 128, 100), (4, 512, 1000)):
         for name, function in peers.seal_loss(device, training.WEIGHTS).items():
             facts = {"operator": "seal_loss", "contestant": name, "shape": shape}
-            with record.attempt(stage="rivals", **facts) as entry:
+            with record.attempt(stage="peers", **facts) as entry:
                 logits = torch.randn(shape, device=device).requires_grad_()
                 rest = torch.randn(shape[1:], device=device), torch.randint(shape[2], shape[1:2], device=device)
                 run = lambda function=function, logits=logits, rest=rest: torch.autograd.grad(
                     function(logits, *rest), logits
                 )
-                entry.update(milliseconds(run))
+                entry.update(clock.operator(run))
 
 
 def steps() -> None:
@@ -56,14 +55,16 @@ def steps() -> None:
     problem = problem_of(CASE)
     others = [name for name in training.CONTESTANTS if not name.startswith(("ours", "convolutions"))]
     for name in sorted(others, key=lambda name: "compile" in name):
-        with record.attempt(stage="rivals", operator="training", case=CASE, contestant=name) as entry:
+        with record.attempt(stage="peers", operator="training", case=CASE, contestant=name) as entry:
             torch.cuda.reset_peak_memory_stats()
             step = training.CONTESTANTS[name][0](problem)
             entry["first_loss"] = step().item()
-            entry.update(milliseconds(step, 2), note=step.note)
+            entry.update(clock.step(step), note=step.note)
             entry["images_s"] = len(problem.labels) / entry["ms"] * 1e3
             entry["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
 
 
+FIRST_ARGUMENTS = {"lif": lif, "seal_loss": seal_loss, "training": steps}
+
 if __name__ == "__main__":
-    {"lif": lif, "seal_loss": seal_loss, "training": steps}[sys.argv[1]]()
+    FIRST_ARGUMENTS[sys.argv[1]]()
