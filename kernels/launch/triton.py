@@ -23,9 +23,28 @@ def start(kernel, blocks: int, *arguments, device: torch.device, num_warps: int,
 
     Products and sums stay apart, as fused multiply-adds round differently; Triton's default changes between releases.
     """
+    settle(kernel)
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         kernel[(blocks,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
+
+
+_settled: set[int] = set()  # ids of functions, which live as long as their modules
+
+
+def settle(kernel) -> None:
+    """Have the kernel's key in Triton's cache be the same in every process.
+
+    The key holds the constants of the functions that it calls, but, in Triton 3.6, only of those whose own key has been
+    asked for before: it depends on which kernels the process has started. So the callees are asked first.
+    """
+    if id(kernel) in _settled or not isinstance(kernel, triton.runtime.JITFunction):  # as in the interpreter
+        return
+    _settled.add(id(kernel))
+    for name in kernel.fn.__code__.co_names:
+        for callee in (kernel.fn.__globals__.get(name), getattr(tl, name, None)):
+            settle(callee)
+    kernel.cache_key  # noqa: B018
 
 
 def aligned(dtype: torch.dtype, *strides: int) -> bool:
