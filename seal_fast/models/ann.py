@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..ops._arguments import require_integer
 
 IMAGENET_CLASSES = 1000
+EVENT_CHANNELS = 2  # of frames of events: one for each polarity
 
 
 class BasicBlock(nn.Module):
@@ -63,6 +64,7 @@ class Bottleneck(nn.Module):
 _ARCHITECTURES = {
     "resnet8": (BasicBlock, (1, 1, 1), (32, 64, 128), None),
     "resnet18": (BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), None),
+    "resnet18_dvs": (BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), None),
     "resnet19": (BasicBlock, (3, 3, 2), (128, 256, 512), 256),
     "resnet34": (BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512), None),
     "resnet50": (Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), None),
@@ -105,13 +107,16 @@ class Teacher(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def teacher(arch: str, *, num_classes: int, in_channels: int = 3, stem: str | None = None) -> Teacher:
+def teacher(arch: str, *, num_classes: int, in_channels: int | None = None, stem: str | None = None) -> Teacher:
     """A teacher network.
 
+    After `torch.manual_seed(n)` it has the weights that the published constructor gives it after the same call.
+
     Args:
-        arch: "resnet18", "resnet19", "resnet34" or "resnet50"; or "resnet8", a small one for small images.
+        arch: "resnet18", "resnet18_dvs" (a resnet18 for the two channels of event frames), "resnet19", "resnet34" or
+            "resnet50"; or "resnet8", a small one for small images.
         num_classes: K.
-        in_channels: C of the images.
+        in_channels: C of the images; None for 2 channels of "resnet18_dvs", which takes no other number, and else 3.
         stem: "imagenet", a 7×7 convolution with stride 2 and pooling (resnet8 and resnet19 have none); "cifar", a 3×3
             convolution; None, as published: "imagenet" for 1,000 classes.
 
@@ -126,7 +131,11 @@ def teacher(arch: str, *, num_classes: int, in_channels: int = 3, stem: str | No
     if stem not in (None, "cifar", "imagenet"):
         raise ValueError(f"stem must be 'cifar', 'imagenet' or None; got {stem!r}.")
     require_integer("num_classes", num_classes, 2)
+    if in_channels is None:
+        in_channels = EVENT_CHANNELS if arch == "resnet18_dvs" else 3
     require_integer("in_channels", in_channels, 1)
+    if arch == "resnet18_dvs" and in_channels != EVENT_CHANNELS:
+        raise ValueError(f"in_channels of resnet18_dvs must be {EVENT_CHANNELS}; got {in_channels}.")
     if arch in ("resnet8", "resnet19"):
         if stem == "imagenet":
             raise ValueError(f"{arch} has no 'imagenet' stem; use 'cifar' or None.")

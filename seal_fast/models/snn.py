@@ -83,15 +83,16 @@ class PreActBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int, neuron):
         super().__init__()
+        downsample = None
+        if stride != 1 or in_channels != channels:  # made first, as published: a seed then gives the published biases
+            downsample = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride), nn.BatchNorm2d(channels))
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1)
         self.bn1 = nn.BatchNorm2d(channels)
         self.lif1 = neuron()
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1)
         self.bn2 = nn.BatchNorm2d(channels)
         self.lif2 = neuron()
-        self.downsample = None
-        if stride != 1 or in_channels != channels:
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride), nn.BatchNorm2d(channels))
+        self.downsample = downsample
 
     def forward(  # noqa: D102
         self,
@@ -164,7 +165,10 @@ class Student(nn.Module):
 
 
 class ResNet(Student):
-    """Spiking ResNet with blocks on spikes: resnet18, and resnet19 with a hidden spiking layer in the readout."""
+    """Spiking ResNet with blocks on spikes: resnet18, and resnet19 with a hidden spiking layer in the readout.
+
+    Weights start from torch's default initialisation, as published.
+    """
 
     def __init__(self, depths, widths, hidden: int | None, num_classes: int, in_channels: int, time_steps: int, neuron):
         super().__init__(in_channels, time_steps)
@@ -177,7 +181,6 @@ class ResNet(Student):
         else:
             layers = nn.Linear(widths[-1], hidden), neuron(), nn.Linear(hidden, num_classes)
             self.classifier = nn.Sequential(*layers)
-        initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B,C,H,W] or events [T,B,C,H,W] -> logits [T,B,K]."""
@@ -194,7 +197,7 @@ class ResNet(Student):
 
 
 class PreActResNet(Student):
-    """Spiking pre-activation ResNet for ImageNet."""
+    """Spiking pre-activation ResNet for ImageNet, with Kaiming's initialisation."""
 
     def __init__(self, depths, widths, num_classes: int, in_channels: int, time_steps: int, neuron):
         super().__init__(in_channels, time_steps)
@@ -223,6 +226,7 @@ _ARCHITECTURES = {
     "resnet8": lambda **options: ResNet((1, 1, 1), (32, 64, 128), None, **options),
     "resnet18": lambda **options: ResNet((2, 2, 2, 2), (64, 128, 256, 512), None, **options),
     "resnet19": lambda **options: ResNet((3, 3, 2), (128, 256, 512), 256, **options),
+    "preact_resnet18": lambda **options: PreActResNet((2, 2, 2, 2), (64, 128, 256, 512), **options),
     "preact_resnet34": lambda **options: PreActResNet((3, 4, 6, 3), (64, 128, 256, 512), **options),
 }
 STUDENTS = tuple(_ARCHITECTURES)
@@ -242,8 +246,10 @@ def student(
 ) -> Student:
     """A spiking student with the published neuron: input not divided by tau, sigmoid surrogate with α = 4.
 
+    After `torch.manual_seed(n)` it has the weights that the published constructor gives it after the same call.
+
     Args:
-        arch: "resnet18", "resnet19" or "preact_resnet34"; or "resnet8", a small one for small images.
+        arch: "resnet18", "resnet19", "preact_resnet18" or "preact_resnet34"; or "resnet8", a small one for small images.
         num_classes: K.
         in_channels: C of images or events.
         time_steps: T.

@@ -136,11 +136,30 @@ def test_stem_of_a_teacher_is_the_one_asked_for(arch, classes, stem, kernel):
     assert logits.shape == (2, classes)
 
 
-@pytest.mark.parametrize("arch", TEACHERS)
+@pytest.mark.parametrize("arch", [arch for arch in TEACHERS if arch != "resnet18_dvs"])
 @torch.no_grad()
 def test_teacher_takes_8x8_images_of_one_channel(arch):
     network = teacher(arch, num_classes=4, in_channels=1).eval()
     assert network(images(C=1).float()).shape == (2, 4)
+
+
+def test_resnet18_dvs_is_a_resnet18_of_two_channels():
+    torch.manual_seed(0)
+    network = teacher("resnet18_dvs", num_classes=4)
+    torch.manual_seed(0)
+    expected = teacher("resnet18", num_classes=4, in_channels=2)
+    assert network.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in network.state_dict().items())
+    with pytest.raises(ValueError, match=r"^in_channels of resnet18_dvs must be 2; got 3\.$"):
+        teacher("resnet18_dvs", num_classes=4, in_channels=3)
+
+
+def test_preact_resnet18_has_the_names_and_shapes_of_preact_resnet34s_first_two_blocks_of_each_stage():
+    with torch.device("meta"):
+        small, large = (student(f"preact_resnet{depth}", num_classes=4).state_dict() for depth in (18, 34))
+    kept = [name for name in large if not name.startswith("layer") or int(name.split(".")[1]) < 2]
+    assert list(small) == kept
+    assert all(small[name].shape == large[name].shape for name in kept)
 
 
 def test_every_parameter_of_a_student_learns_from_the_loss():

@@ -16,6 +16,7 @@ import seal_fast
 DATA = Path(__file__).parents[1] / "data"
 CASES = json.loads((DATA / "cases.json").read_text(encoding="utf-8"))
 STATE_DICTS = json.loads((DATA / "state_dicts.json").read_text(encoding="utf-8"))
+INIT = json.loads((DATA / "init.json").read_text(encoding="utf-8"))
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 
 
