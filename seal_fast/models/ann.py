@@ -113,10 +113,10 @@ def teacher(arch: str, *, num_classes: int, in_channels: int | None = None, stem
     After `torch.manual_seed(n)` it has the weights that the published constructor gives it after the same call.
 
     Args:
-        arch: "resnet18", "resnet18_dvs" (a resnet18 for the two channels of event frames), "resnet19", "resnet34" or
-            "resnet50"; or "resnet8", a small one for small images.
+        arch: "resnet18", "resnet19", "resnet34" or "resnet50"; "resnet18_dvs", a resnet18 that takes frames of events
+            by default; or "resnet8", a small one for small images.
         num_classes: K.
-        in_channels: C of the images; None for 2 channels of "resnet18_dvs", which takes no other number, and else 3.
+        in_channels: C of the images; None for 3, and for 2 with "resnet18_dvs".
         stem: "imagenet", a 7×7 convolution with stride 2 and pooling (resnet8 and resnet19 have none); "cifar", a 3×3
             convolution; None, as published: "imagenet" for 1,000 classes.
 
@@ -134,8 +134,6 @@ def teacher(arch: str, *, num_classes: int, in_channels: int | None = None, stem
     if in_channels is None:
         in_channels = EVENT_CHANNELS if arch == "resnet18_dvs" else 3
     require_integer("in_channels", in_channels, 1)
-    if arch == "resnet18_dvs" and in_channels != EVENT_CHANNELS:
-        raise ValueError(f"in_channels of resnet18_dvs must be {EVENT_CHANNELS}; got {in_channels}.")
     if arch in ("resnet8", "resnet19"):
         if stem == "imagenet":
             raise ValueError(f"{arch} has no 'imagenet' stem; use 'cifar' or None.")
