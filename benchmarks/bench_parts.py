@@ -21,7 +21,7 @@ import floors
 import measure
 import published_loss
 import seal_fast
-from seal_fast.train.data.cifar import CifarImages
+from seal_fast.train.data.in_memory import ImagesInMemory
 from seal_fast.train.data.transforms import image_transforms
 from seal_fast.train.feed import Feed
 from training import CASES, CONTESTANTS, WEIGHTS, Problem, Step
@@ -69,7 +69,7 @@ def data_waits(problem: Problem, step: Step, steps: int) -> list[float]:
     """Seconds that the loader lets each of so many steps wait while the published augmentation makes its batches."""
     images = np.random.default_rng(0).integers(0, 256, (problem.labels.numel() * (steps + 1), 32, 32, 3), np.uint8)
     transforms = image_transforms("CIFAR10", role="student")
-    dataset = CifarImages(images, np.zeros(len(images), np.int64), transforms.train)
+    dataset = ImagesInMemory(images, np.zeros(len(images), np.int64), transforms.train)
     workers = min(8, os.cpu_count() or 1)
     loader = DataLoader(dataset, problem.labels.numel(), num_workers=workers, pin_memory=problem.device.type == "cuda")
     feed = Feed(loader, problem.device, transforms.finish_train)

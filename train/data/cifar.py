@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import datasets
 
 from .errors import DataError
+from .in_memory import ImagesInMemory
 from .splits import Splits
-from .transforms import Transform, image_transforms
+from .transforms import image_transforms
 
 
 class _ForbiddenError(pickle.UnpicklingError):
@@ -107,27 +105,6 @@ def _read_batch(path: Path, num_classes: int, how_to_get: str) -> tuple[np.ndarr
     return images, np.asarray(labels, dtype=np.int64)
 
 
-class CifarImages(Dataset):
-    """Images in memory, each turned into a tensor when it is asked for.
-
-    Args:
-        images: uint8 [N,32,32,3].
-        labels: int64 [N].
-        transform: PIL image → uint8 [3,32,32].
-    """
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Transform) -> None:
-        self.images = images
-        self.labels = labels
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
-
-
 def load(
     name: str, root: Path, *, role: str, time_steps: int, auto_aug: bool | None = None, cutout: bool | None = None
 ) -> Splits:
@@ -152,7 +129,7 @@ def load(
     for file_list, transform in ((layout.train_list, transforms.train), (layout.test_list, transforms.val)):
         batches = [_read_batch(folder / file_name, num_classes, how_to_get) for file_name, _ in file_list]
         images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-        parts.append(CifarImages(images, labels, transform))
+        parts.append(ImagesInMemory(images, labels, transform))
     return Splits(
         name,
         *parts,
