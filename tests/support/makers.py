@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import shutil
@@ -40,11 +41,13 @@ def _pickled(entry: dict, style: str) -> bytes:
     return buffer.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
 
 
-def _cifar_batch(generator: np.random.Generator, number: int, num_classes: int) -> tuple[np.ndarray, list[int]]:
-    """Images whose brightness tells their class, so that a network can learn them."""
+def _images(
+    generator: np.random.Generator, number: int, num_classes: int, pixels: int = 3072
+) -> tuple[np.ndarray, list[int]]:
+    """Images, as rows of so many numbers, whose brightness tells their class, so that a network can learn them."""
     labels = generator.permutation(np.arange(number) % num_classes)
     level = (labels + 0.5) * 256 / num_classes
-    noise = generator.normal(0, 8, (number, 3072))
+    noise = generator.normal(0, 8, (number, pixels))
     return np.clip(level[:, None] + noise, 0, 255).astype(np.uint8), labels.tolist()
 
 
@@ -57,7 +60,7 @@ def cifar10(root: str | Path, per_batch: int = 8, seed: int = 0, style: str = "p
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
     for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
-        data, labels = _cifar_batch(generator, per_batch, 10)
+        data, labels = _images(generator, per_batch, 10)
         entry = {
             b"batch_label": f"batch {name}".encode(),
             b"labels": labels,
@@ -76,7 +79,7 @@ def cifar100(root: str | Path, train: int = 40, test: int = 8, seed: int = 0, st
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
     for name, number in (("train", train), ("test", test)):
-        data, labels = _cifar_batch(generator, number, 100)
+        data, labels = _images(generator, number, 100)
         entry = {
             b"fine_labels": labels,
             b"coarse_labels": [label // 5 for label in labels],
@@ -90,6 +93,32 @@ def cifar100(root: str | Path, train: int = 40, test: int = 8, seed: int = 0, st
         b"coarse_label_names": [b"coarse_%d" % label for label in range(20)],
     }
     (folder / "meta").write_bytes(_pickled(meta, style))
+    return Path(root)
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The IDX file of a uint8 array."""
+    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def mnist(
+    root: str | Path,
+    train: int = 40,
+    test: int = 10,
+    seed: int = 0,
+    folder: str = "MNIST/raw",
+    compressed: bool = False,
+) -> Path:
+    """Write MNIST's four files, with so many images in train and t10k, to root/folder, plain or as .gz."""
+    target = Path(root) / folder
+    target.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for part, number in (("train", train), ("t10k", test)):
+        pixels, labels = _images(generator, number, 10, 28 * 28)
+        arrays = {"images-idx3": pixels.reshape(-1, 28, 28), "labels-idx1": np.array(labels, np.uint8)}
+        for kind, array in arrays.items():
+            path = target / f"{part}-{kind}-ubyte{'.gz' if compressed else ''}"
+            path.write_bytes(gzip.compress(idx(array)) if compressed else idx(array))
     return Path(root)
 
 

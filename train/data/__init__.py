@@ -1,11 +1,11 @@
-"""The datasets of the published runs, and two small ones made from scikit-learn's digits that need no download."""
+"""The datasets of the published runs, MNIST, and two small ones made of scikit-learn's digits that need no download."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
 
-from . import cifar, digits, event_folder, image_folder
+from . import cifar, digits, event_folder, image_folder, mnist
 from .errors import DataError
 from .splits import Splits
 
@@ -16,6 +16,7 @@ _LOADERS = {
     "CIFAR100": cifar.load,
     "CIFAR10_DVS_SJ": event_folder.load,
     "imagenet": image_folder.load,
+    "MNIST": mnist.load,
     "DIGITS": digits.load,
     "DIGITS_DVS": event_folder.load,
 }
