@@ -9,7 +9,7 @@ from . import cifar, digits, event_folder, image_folder, mnist
 from .errors import DataError
 from .splits import Splits
 
-__all__ = ["DATASETS", "DataError", "Splits", "load"]
+__all__ = ["DATASETS", "DataError", "Splits", "canonical", "load"]
 
 _LOADERS = {
     "CIFAR10": cifar.load,
@@ -21,6 +21,12 @@ _LOADERS = {
     "DIGITS_DVS": event_folder.load,
 }
 DATASETS: tuple[str, ...] = tuple(_LOADERS)
+_OTHER_NAMES = {"CIFAR10_DVS": "CIFAR10_DVS_SJ"}  # under which the published scripts know a dataset as well
+
+
+def canonical(name: str) -> str:
+    """The name in `DATASETS` of a dataset that has another one, too; every other name as it is."""
+    return _OTHER_NAMES.get(str(name), name)
 
 
 def load(
@@ -36,7 +42,7 @@ def load(
     """Check a dataset on disk and return its two parts with the published augmentation.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS`, or CIFAR10_DVS for CIFAR10_DVS_SJ.
         root: folder that holds the data; only DIGITS needs none. DIGITS_DVS creates the folder if it is missing.
         role: "teacher" or "student": whose augmentation the training part gets.
         time_steps: T, the number of frames into which a sample's events are summed; matters to event data only.
@@ -49,6 +55,7 @@ def load(
         ValueError: an argument is none of the above.
         DataError: the data is missing, incomplete or corrupt.
     """
+    name = canonical(name)
     if name not in DATASETS:
         by_lower_case = {known.lower(): known for known in DATASETS}
         close = difflib.get_close_matches(str(name).lower(), by_lower_case, n=1)

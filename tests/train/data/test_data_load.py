@@ -3,7 +3,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import makers
-from seal_fast.train.data import DATASETS, DataError, camera, load
+from seal_fast.train.data import DATASETS, DataError, camera, canonical, load
 
 SHAPES = {  # C, size, number of classes
     "CIFAR10": (3, 32, 10),
@@ -73,6 +73,21 @@ def test_augmentation_follows_torch_seed_alone(name, tmp_path):
     second = [train[0][0] for _ in range(6)]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not all(torch.equal(first[0], other) for other in first[1:])
+
+
+def test_other_name(tmp_path):
+    root = makers.cifar10_dvs(tmp_path)
+    splits = load("CIFAR10_DVS", root, role="student", time_steps=3)
+    assert splits.name == canonical("CIFAR10_DVS") == "CIFAR10_DVS_SJ"
+    assert splits.events
+    frames = list(root.rglob("frames.npy"))
+    assert torch.equal(splits.val[0][0], load("CIFAR10_DVS_SJ", root, role="student", time_steps=3).val[0][0])
+    assert list(root.rglob("frames.npy")) == frames != []
+
+
+@pytest.mark.parametrize("name", [*DATASETS, "xyzzy", "cifar10_dvs", None, ["CIFAR10"]])
+def test_names_without_another(name):
+    assert canonical(name) is name
 
 
 @pytest.mark.parametrize(("given", "meant"), [("cifar10", "CIFAR10"), ("CIFAR10-DVS", "CIFAR10_DVS_SJ")])
