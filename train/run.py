@@ -97,6 +97,13 @@ def optimizer_of(network: torch.nn.Module, args: argparse.Namespace, *, spiking:
     return kind(groups, lr=args.lr, fused=fused, **settings)
 
 
+def scheduler_of(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate of each epoch: a cosine to 0 over all of them, or a constant."""
+    if args.scheduler == "NONE":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.num_epoch)
+
+
 def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spiking: bool) -> dict:
     """Train a task for all epochs, and leave the run's folder complete.
 
@@ -112,7 +119,7 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
     train_feed = Feed(train_loader, device, splits.finish_train)
     val_feed = Feed(val_loader, device, splits.finish_val)
     optimizer = optimizer_of(task.network, args, spiking=spiking)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.num_epoch)
+    scheduler = scheduler_of(optimizer, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = State(task.network, optimizer, scheduler, scaler)
     if run.resumed:
@@ -156,7 +163,8 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
             state.epoch, state.meters = epoch, None
             ranks.from_first(log.epoch, row_of(epoch, learning_rate, trained, result))
             ranks.say(line_of(epoch, args.num_epoch, trained, result))
-            if state.best is None or result["accuracy"] >= state.best["accuracy"]:
+            # Of equal epochs the first, as published.
+            if state.best is None or result["accuracy"] > state.best["accuracy"]:
                 measured = {name: result[name] for name in ("accuracy", "accuracy_at", "firing_rate")}
                 state.best = {"epoch": epoch, **measured}
                 content = {"best_net": task.network.state_dict(), "options": vars(args), **state.best}

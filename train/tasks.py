@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -115,8 +115,21 @@ def as_image(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def tau_of(decay: float) -> float:
-    """τ = 1/(1 - decay), with 1 - decay rounded to float32 as the published neuron keeps it."""
-    return 1.0 / float(np.float32(1.0 - decay))
+    """τ = 1/(1 - decay), rounded as in the published neuron: it keeps the decay as a logit in float32.
+
+    Args:
+        decay: In [0, 1); 0, which the published neuron does not take, gives τ = 1.
+
+    Raises:
+        ValueError: It is not, or rounds to 1.
+    """
+    lost = 0.0
+    if 0 <= decay < 1:
+        logit = torch.tensor(math.log(decay / (1 - decay)) if decay else -math.inf, dtype=torch.float32)
+        lost = (1.0 - torch.sigmoid(logit)).item()
+    if lost == 0:
+        raise ValueError(f"decay must be at least 0 and below 1, in float32 too; got {decay}.")
+    return 1.0 / lost
 
 
 def parameter_groups(network: nn.Module, weight_decay: float, *, spiking: bool) -> list[dict]:

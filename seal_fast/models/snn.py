@@ -249,7 +249,8 @@ def student(
     After `torch.manual_seed(n)` it has the weights that the published constructor gives it after the same call.
 
     Args:
-        arch: "resnet18", "resnet19", "preact_resnet18" or "preact_resnet34"; or "resnet8", a small one for small images.
+        arch: "resnet18", "resnet19", "preact_resnet18" or "preact_resnet34"; or "resnet8", a small one for small
+            images.
         num_classes: K.
         in_channels: C of images or events.
         time_steps: T.

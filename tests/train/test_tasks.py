@@ -1,13 +1,24 @@
 import pytest
 import torch
 
+from golden import INIT
 from seal_fast import models
 from seal_fast.train.tasks import DistillTask, TeacherTask, as_image, parameter_groups, tau_of
 
 
-@pytest.mark.parametrize(("decay", "tau"), [(0.5, 2.0), (0.2, 1.2499999813735487), (0.0, 1.0)])
+@pytest.mark.parametrize(("decay", "tau"), INIT["tau"].items())
 def test_tau_is_that_of_the_published_neuron(decay, tau):
-    assert tau_of(decay) == tau  # as in the golden data
+    assert tau_of(float(decay)) == tau
+
+
+def test_a_neuron_without_memory_has_a_tau_of_one():
+    assert tau_of(0.0) == tau_of(1e-300) == 1.0
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 1 - 1e-9, float("nan"), float("inf")])
+def test_a_decay_that_is_none_is_refused(decay):
+    with pytest.raises(ValueError, match=r"^decay must be at least 0 and below 1, in float32 too; got "):
+        tau_of(decay)
 
 
 def test_weight_decay_acts_on_convolution_and_linear_weights_of_a_student_only():
