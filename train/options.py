@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from pathlib import Path
 
 import torch
 
@@ -14,9 +13,11 @@ from seal_fast.backends import resolve as resolve_backend
 from seal_fast.models import STUDENTS, TEACHERS
 from seal_fast.train import checkpoint, data, ranks
 from seal_fast.train.errors import UsageError
+from seal_fast.train.tasks import tau_of
 
 METHODS = ("seal", "ela", "sta", "kd", "tdkd", "ce")
 OPTIMISERS = ("SGDM", "ADAM", "ADAMW")
+SCHEDULERS = ("COSINE", "NONE")
 AMP = ("auto", "off", "bf16", "fp16")
 
 _SHARED = {"alpha": 0.6, "beta": 0.15, "wd": 5e-4, "lr": 0.1}
@@ -33,12 +34,14 @@ _DVS = {**_CIFAR, "batch_size": 32, "T": 10, "teacher": "resnet19"}
 _IMAGENET = {**_CIFAR, "num_epoch": 100, "batch_size": 512, "decay": 0.2, "student": "preact_resnet34"}
 _DIGITS = {**_CIFAR, "num_epoch": 10, "batch_size": 64, "student": "resnet8", "teacher": "resnet8"}
 
-# dataset -> (defaults of a teacher's run, defaults of a student's run). The two made of digits are this project's own;
-# all others are those of the SeAl-KD paper (arXiv 2605.14252).
+# dataset -> (defaults of a teacher's run, defaults of a student's run). Those of CIFAR, CIFAR10-DVS and ImageNet are
+# what the six published commands of SeAl-KD (arXiv 2605.14252) say, and the published scripts' own where a command is
+# silent; MNIST's are CIFAR's, as in the published scripts; those of the digits are this project's own.
 DEFAULTS: dict[str, tuple[dict, dict]] = {
     "CIFAR10": (_CIFAR, _CIFAR),
     "CIFAR100": (_CIFAR, _CIFAR),
-    "CIFAR10_DVS_SJ": ({**_DVS, "lr": 0.2}, _DVS),
+    "MNIST": (_CIFAR, _CIFAR),
+    "CIFAR10_DVS_SJ": ({**_DVS, "batch_size": 128, "lr": 0.2}, _DVS),
     "imagenet": ({**_IMAGENET, "wd": 1e-4}, {**_IMAGENET, "lr": 0.2, "wd": 2e-5}),
     "DIGITS": (_DIGITS, _DIGITS),
     "DIGITS_DVS": (_DIGITS, _DIGITS),
@@ -76,6 +79,16 @@ def _table(role: str) -> str:
     return "\n".join(lines)
 
 
+class _WithoutEffect(argparse.Action):
+    """Notes that a flag was given which the published scripts have, and which changes nothing."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.without_effect = [*getattr(namespace, "without_effect", ()), option_string]
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence."""
 
@@ -98,6 +111,9 @@ def teacher_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--T", type=int, help="time steps of event data; the teacher sees their mean (default: per dataset)"
     )
+    ignored = _without_effect(parser)
+    ignored.add_argument("--stu_arch", metavar="NAME", action=_WithoutEffect)
+    ignored.add_argument("--save_features", nargs=0, action=_WithoutEffect)
     return parser
 
 
@@ -147,11 +163,30 @@ def distill_parser() -> argparse.ArgumentParser:
     loss.add_argument(
         "--temperature", type=float, default=3.0, help="of both softened distributions (default: %(default)s)"
     )
+    loss.add_argument(
+        "--loss_method",
+        choices=("seal",),
+        default=argparse.SUPPRESS,
+        help="the published name of --method, and its value",
+    )
+    ignored = _without_effect(parser)
+    ignored.add_argument("--align_method", choices=("ela",), action=_WithoutEffect, help="what seal's first term is")
+    ignored.add_argument("--time_kd_method", choices=("sta",), action=_WithoutEffect, help="what seal's second term is")
+    ignored.add_argument("--margin", type=float, action=_WithoutEffect)
+    ignored.add_argument("--baseline", nargs=0, action=_WithoutEffect)
+    ignored.add_argument("--save_features", nargs=0, action=_WithoutEffect)
     return parser
 
 
+def _without_effect(parser: argparse.ArgumentParser):
+    group = parser.add_argument_group(
+        "without effect", "flags of the published scripts that change nothing there, nor here"
+    )
+    return group
+
+
 def _add_shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=42, help="of all random numbers (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=60, help="of all random numbers (default: %(default)s)")
     parser.add_argument("--dataset", required=True, help=", ".join(data.DATASETS))
     parser.add_argument("--data_path", help="folder of the dataset; DIGITS needs none")
     parser.add_argument(
@@ -160,6 +195,11 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run_name", help="name of the run's folder (default: what is trained, and the time)")
     parser.add_argument(
         "--resume", help="run folder or checkpoint to go on from, or 'auto' for the newest run of this kind"
+    )
+    parser.add_argument(
+        "--init_from",
+        help="start from the weights of this run folder, best.pt, or published model_weights.pth; a classifier of "
+        "another number of classes starts anew",
     )
     parser.add_argument(
         "--save_every",
@@ -172,8 +212,16 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     _add_switch(parser, "--auto_aug", None, "AutoAugment (default: as published for the dataset)")
     _add_switch(parser, "--cutout", None, "cutout (default: as published for the dataset)")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--optim", choices=OPTIMISERS, default="SGDM", help="(default: %(default)s)")
-    optimisation.add_argument("--scheduler", choices=("COSINE",), default="COSINE", help="(default: %(default)s)")
+    optimisation.add_argument(
+        "--optim", type=str.upper, choices=OPTIMISERS, default="SGDM", help="(default: %(default)s)"
+    )
+    optimisation.add_argument(
+        "--scheduler",
+        type=str.upper,
+        choices=SCHEDULERS,
+        default="COSINE",
+        help="of the learning rate: a cosine to 0 over the epochs, or none (default: %(default)s)",
+    )
     optimisation.add_argument(
         "--train_batch_size", type=int, help="images a step, on all processes together (default: per dataset)"
     )
@@ -218,15 +266,9 @@ def resolve(args: argparse.Namespace, *, role: str) -> argparse.Namespace:
     Raises:
         UsageError: A value is out of range, or something that it names does not exist.
     """
-    if args.dataset not in DEFAULTS:
-        raise UsageError(f"--dataset must be one of {', '.join(DEFAULTS)}; got {args.dataset!r}.")
-    defaults = DEFAULTS[args.dataset][role == "student"]
-    renamed = {"student": ("stu_arch",), "batch_size": ("train_batch_size", "val_batch_size")}
-    renamed["teacher"] = ("tea_arch",) if role == "student" else ("arch",)
-    for key, value in defaults.items():
-        for name in renamed.get(key, (key,)):
-            if getattr(args, name, value) is None:
-                setattr(args, name, value)
+    for flag in vars(args).pop("without_effect", ()):
+        ranks.say(f"{flag} has no effect, as in the published scripts.")
+    fill_in(args, role=role)
     if args.num_workers is None:
         args.num_workers = 0 if args.dataset == "DIGITS" else min(8, _processors())
     if args.device is None:
@@ -240,6 +282,40 @@ def resolve(args: argparse.Namespace, *, role: str) -> argparse.Namespace:
     if role == "student":
         _check_student(args)
     return args
+
+
+def fill_in(args: argparse.Namespace, *, role: str) -> None:
+    """Give what was left open the defaults of the dataset's family.
+
+    Raises:
+        UsageError: There is no such dataset.
+    """
+    args.dataset = data.canonical(args.dataset)
+    if args.dataset not in DEFAULTS:
+        raise UsageError(f"--dataset must be one of {', '.join(DEFAULTS)}; got {args.dataset!r}.")
+    defaults = DEFAULTS[args.dataset][role == "student"]
+    renamed = {"student": ("stu_arch",), "batch_size": ("train_batch_size", "val_batch_size")}
+    renamed["teacher"] = ("tea_arch",) if role == "student" else ("arch",)
+    for key, value in defaults.items():
+        for name in renamed.get(key, (key,)):
+            if getattr(args, name, value) is None:
+                setattr(args, name, value)
+
+
+def potential(text: str | float | None) -> float | None:
+    """What --v_reset says: the potential after a spike, or None for soft reset.
+
+    Raises:
+        UsageError: It says something else.
+    """
+    if str(text).lower() == "none":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(f"--v_reset must be a number, or none for soft reset; got {text!r}.") from None
+    _require("--v_reset", value)
+    return value
 
 
 def _processors() -> int:
@@ -305,16 +381,13 @@ def saving(text: str) -> tuple[int, float]:
 
 
 def _check_student(args: argparse.Namespace) -> None:
-    if not 0 <= args.decay < 1:
-        raise UsageError(f"--decay must be at least 0 and below 1; got {args.decay}.")
-    if str(args.v_reset).lower() == "none":
-        args.v_reset = None
-    else:
-        try:
-            args.v_reset = float(args.v_reset)
-        except ValueError:
-            raise UsageError(f"--v_reset must be a number, or none for soft reset; got {args.v_reset!r}.") from None
-        _require("--v_reset", args.v_reset)
+    if vars(args).pop("loss_method", args.method) != args.method:
+        raise UsageError(f"--loss_method seal contradicts --method {args.method}; leave one of them out.")
+    try:
+        tau_of(args.decay)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+    args.v_reset = potential(args.v_reset)
     _require("--thresh", args.thresh)
     _require("--alpha", args.alpha, at_least=0)
     _require("--beta", args.beta, at_least=0)
@@ -329,9 +402,7 @@ def _check_student(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--tea_path is needed: --method {args.method} learns from a teacher (train one with teacher.py)."
         )
-    path = Path(args.tea_path)
-    if path.is_dir():
-        path = path / checkpoint.BEST
+    path = checkpoint.best_of(args.tea_path)
     if not path.is_file():
         raise UsageError(f"--tea_path: there is no teacher checkpoint at {path}.")
     args.tea_path = str(path)

@@ -12,6 +12,8 @@ import torch
 
 import makers
 from seal_fast.backends import available
+from seal_fast.train import distill, teacher
+from seal_fast.train.options import distill_parser, resolve, teacher_parser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -65,13 +67,68 @@ COMMANDS = {
 }
 
 
+# All other flags that the published scripts take, each with its default there; but data comes from one process, and a
+# processor computes.
+FLAGS = {
+    "teacher": "--seed 60 --num_workers 1 --device cpu --optim sgdm --stu_arch none --cutout --auto_aug "
+    "--save_features",
+    "distill": "--seed 60 --num_workers 1 --device cpu --optim sgdm --scheduler cosine --auto_aug --cutout "
+    "--thresh 1.0 --step_mode m --v_reset 0.0 --detach_reset --margin 0.05 --loss_method seal --baseline "
+    "--align_method ela --time_kd_method sta",
+}
+SILENT = {
+    "teacher": ["--stu_arch", "--save_features"],
+    "distill": ["--margin", "--baseline", "--align_method", "--time_kd_method"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_defaults_are_what_the_published_commands_say(name):
+    kind, (command, *_) = name.split()[0], COMMANDS[name]
+    make = {"teacher": teacher_parser, "distill": distill_parser}[kind]
+    role = {"teacher": "teacher", "distill": "student"}[kind]
+
+    def resolved(words: list[str]) -> dict:
+        method = ["--method", "ce"] if kind == "distill" else []  # no teacher is there
+        return vars(resolve(make().parse_args([*words, *method]), role=role))
+
+    words = shlex.split(command)[1:]
+    places = [words.index(flag) for flag in ("--dataset", "--data_path", "--log_path", "--tea_path") if flag in words]
+    short = [word for place in places for word in words[place : place + 2]]
+    said, silent = resolved(words), resolved(short)
+    if name == "teacher CIFAR100":  # the one that names another network than the CIFAR student's teacher
+        assert (said.pop("arch"), silent.pop("arch")) == ("resnet19", "resnet34")
+    assert said == silent
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_published_command_runs_with_every_published_flag(name, tmp_path, save_teacher, capsys):
+    command, smaller, make_data, taught = COMMANDS[name]
+    kind = name.split()[0]
+    make_data(tmp_path / "D")
+    program, *words = shlex.split(f"{command} {FLAGS[kind]} {smaller} --num_epoch 1")
+    paths = {
+        "D": str(tmp_path / "D"),
+        "L": str(tmp_path / "logs"),
+        "P": str(save_teacher(**taught)) if taught else None,
+    }
+    words = [paths.get(word, word) for word in words]
+    main = {"train/teacher.py": teacher.main, "train/distill.py": distill.main}[program]
+    assert main([*words, "--log_path", str(tmp_path / "logs")]) == 0
+    output = capsys.readouterr().out
+    for flag in SILENT[kind]:
+        assert f"{flag} has no effect, as in the published scripts.\n" in output
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert_complete(folder, spiking=kind == "distill")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_published_command_leaves_a_complete_run_folder(name, tmp_path, save_teacher):
-    command, smaller, make_data, teacher = COMMANDS[name]
+    command, smaller, make_data, taught = COMMANDS[name]
     data = tmp_path / "data"
     make_data(data)
     logs = tmp_path / "logs"
-    paths = {"D": str(data), "L": str(logs), "P": str(save_teacher(**teacher)) if teacher else None}
+    paths = {"D": str(data), "L": str(logs), "P": str(save_teacher(**taught)) if taught else None}
     words = [paths.get(word, word) for word in shlex.split(f"{command} {smaller}")]
     if "--log_path" not in words:
         words += ["--log_path", str(logs)]
@@ -110,7 +167,7 @@ def assert_complete(folder: Path, *, spiking: bool):
 
 
 def test_digits_dvs_from_nothing_to_a_student(tmp_path):
-    from seal_fast.train import distill, evaluate, teacher
+    from seal_fast.train import evaluate
     from seal_fast.train.data import camera
 
     camera.write_digits(tmp_path / "data", per_class=2)

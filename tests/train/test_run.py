@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import makers
 from seal_fast.backends import _MISSING, _resolve_once
-from seal_fast.train import distill, folder, options, plots, run
+from seal_fast.models import student
+from seal_fast.train import data, distill, folder, options, plots, run
 
 
 @pytest.fixture(scope="module")
@@ -210,21 +211,45 @@ def test_last_batch_of_one_is_left_out(tmp_path):
     assert sum(len(labels) for _, labels, _ in val) == 360
 
 
-def test_defaults_are_those_of_the_paper():
-    def resolved(role: str, dataset: str, *words: str):
-        parser = options.teacher_parser() if role == "teacher" else options.distill_parser()
-        return options.resolve(parser.parse_args(["--dataset", dataset, *words]), role=role)
+def test_defaults_that_no_published_command_says():
+    words = "--dataset CIFAR10 --method ce"
+    args = options.resolve(options.distill_parser().parse_args(words.split()), role="student")
+    assert (args.seed, args.temperature, args.thresh, args.v_reset, args.detach_reset) == (60, 3.0, 1.0, 0.0, False)
+    assert (args.optim, args.scheduler) == ("SGDM", "COSINE")
+    events = options.resolve(options.teacher_parser().parse_args(["--dataset", "CIFAR10_DVS"]), role="teacher")
+    assert (events.dataset, events.train_batch_size, events.val_batch_size) == ("CIFAR10_DVS_SJ", 128, 128)
 
-    student = resolved("student", "CIFAR100", "--method", "ce")
-    assert (student.stu_arch, student.tea_arch, student.T, student.train_batch_size) == ("resnet18", "resnet34", 4, 128)
-    assert (student.num_epoch, student.lr, student.wd, student.decay) == (300, 0.1, 5e-4, 0.5)
-    assert (student.alpha, student.beta, student.temperature, student.thresh) == (0.6, 0.15, 3.0, 1.0)
-    assert (student.v_reset, student.detach_reset) == (0.0, False)
-    events = resolved("student", "CIFAR10_DVS_SJ", "--method", "ce", "--v_reset", "none", "--detach_reset")
-    assert (events.stu_arch, events.tea_arch, events.T, events.train_batch_size) == ("resnet18", "resnet19", 10, 32)
-    assert (events.v_reset, events.detach_reset) == (None, True)
-    assert resolved("teacher", "CIFAR10_DVS_SJ").lr == 0.2
-    imagenet = resolved("student", "imagenet", "--method", "ce")
-    assert (imagenet.stu_arch, imagenet.train_batch_size, imagenet.num_epoch) == ("preact_resnet34", 512, 100)
-    assert (imagenet.lr, imagenet.wd, imagenet.decay) == (0.2, 2e-5, 0.2)
-    assert resolved("teacher", "imagenet").wd == 1e-4
+
+def test_every_dataset_has_defaults():
+    assert set(options.DEFAULTS) == set(data.DATASETS)
+
+
+def test_soft_reset_and_detached_reset():
+    words = "--dataset CIFAR10_DVS_SJ --method ce --v_reset none --detach_reset"
+    args = options.resolve(options.distill_parser().parse_args(words.split()), role="student")
+    assert (args.v_reset, args.detach_reset) == (None, True)
+
+
+def test_a_run_starts_from_the_weights_that_the_published_script_starts_from(images, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(distill, "train", lambda args, task, *rest, **more: started.append(task.network.state_dict()))
+    assert distill.main(f"{images} --method ce --log_path {tmp_path}".split()) == 0
+    torch.manual_seed(60)
+    expected = student("resnet18", num_classes=10).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in started[0].items())
+
+
+def test_learning_rate_is_constant_without_a_scheduler(labels_only, tmp_path):
+    words = f"{labels_only} --log_path {tmp_path} --run_name flat --num_epoch 2 --scheduler none --lr 0.05"
+    assert distill.main(words.split()) == 0
+    assert [float(row["lr"]) for row in rows_of(tmp_path / "flat")] == [0.05, 0.05]
+
+
+def test_the_first_of_equal_epochs_is_the_best(labels_only, tmp_path):
+    # Nothing is learned, so epochs are equal.
+    words = f"{labels_only} --log_path {tmp_path} --run_name still --num_epoch 3 --lr 1e-30"
+    assert distill.main(words.split()) == 0
+    accuracies = [float(row["val_accuracy"]) for row in rows_of(tmp_path / "still")]
+    highest = [epoch for epoch, accuracy in enumerate(accuracies, start=1) if accuracy == max(accuracies)]
+    assert len(highest) > 1
+    assert torch.load(tmp_path / "still" / "best.pt", weights_only=True)["epoch"] == highest[0]
