@@ -99,6 +99,43 @@ def load(path: Path) -> dict:
     return content
 
 
+def best_of(path: str | Path) -> Path:
+    """The checkpoint that a path names: a run's folder names its best one."""
+    path = Path(path)
+    return path / BEST if path.is_dir() else path
+
+
+def weights_of(content: dict) -> object:
+    """What a checkpoint says are a network's weights: {"best_net": state_dict}, or all of it.
+
+    DataParallel, in which the published code trains on several GPUs, puts every module under the name "module".
+    """
+    state = content.get("best_net", content)
+    return {name.removeprefix("module."): value for name, value in state.items()} if _is_state_dict(state) else state
+
+
+def start_from(network: nn.Module, path: Path, what: str) -> list[str]:
+    """Give a fresh network the weights of a checkpoint.
+
+    A readout, the last linear layer, of another number of classes stays as it is.
+
+    Returns:
+        Names of the parameters that stay as they are.
+
+    Raises:
+        UsageError: The file cannot be read, or holds another network.
+    """
+    own, state = network.state_dict(), weights_of(load(path))
+    kept = []
+    if _is_state_dict(state):
+        readout = list(own)[-2:]  # weight [K, C] and bias [K]
+        kept = [name for name in readout if name in state and state[name].shape[1:] == own[name].shape[1:]]
+        kept = [name for name in kept if state[name].shape != own[name].shape]
+        state = {**state, **{name: own[name] for name in kept}}
+    load_into(network, state, path, what)
+    return kept
+
+
 def load_into(network: nn.Module, state: dict, path: Path, what: str) -> None:
     """Load a state dict if its names and shapes are those of the network.
 
@@ -126,12 +163,9 @@ def load_teacher(path: Path, arch: str, *, num_classes: int, in_channels: int, s
     Raises:
         UsageError: The file cannot be read, or holds another network.
     """
-    content = load(path)
-    state = content.get("best_net", content)
+    state = weights_of(load(path))
     if not _is_state_dict(state):
         raise UsageError(f"checkpoint {path} holds no teacher: expected {{'best_net': state_dict}}.")
-    # DataParallel puts every module under the name "module".
-    state = {name.removeprefix("module."): value for name, value in state.items()}
     network = teacher(arch, num_classes=num_classes, in_channels=in_channels, stem=stem)
     what = f"a {arch} with {num_classes} classes and {in_channels} input channels"
     others = [name for name in TEACHERS if name != arch and _fits(name, state, num_classes, in_channels)]

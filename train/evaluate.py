@@ -1,5 +1,6 @@
 """Evaluate what a run has trained: `seal-fast-evaluate RUN --data_path D`.
 
+A checkpoint of the published code does not say what it holds: `--stu_arch resnet18 --dataset CIFAR10` do.
 Also runs as `python train/evaluate.py`.
 """
 
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 
 from seal_fast.backends import BACKENDS
-from seal_fast.train import checkpoint, ranks
+from seal_fast.models import STUDENTS, TEACHERS
+from seal_fast.train import checkpoint, data, ranks
 from seal_fast.train.command import command
 from seal_fast.train.engine import evaluate
 from seal_fast.train.errors import UsageError
@@ -24,6 +26,9 @@ from seal_fast.train.options import AMP, Parser, as_published, kernels_of, small
 from seal_fast.train.run import prepare, splits_of, val_loader_of
 from seal_fast.train.tasks import DistillTask, TeacherTask
 
+# What a checkpoint of the published code does not say of itself.
+DESCRIBED = ("stu_arch", "arch", "dataset", "decay", "thresh", "v_reset")
+
 
 def run(args: argparse.Namespace) -> dict:
     """Evaluate the network that the options name on the validation part of its dataset.
@@ -31,7 +36,7 @@ def run(args: argparse.Namespace) -> dict:
     Returns:
         checkpoint, dataset, samples; accuracy, accuracy_at t = 1…T, and firing_rate by layer.
     """
-    trained = Trained(args.path)
+    trained = Trained(args.path, **{name: getattr(args, name) for name in DESCRIBED})
     options = prepare(options_of(trained, args), trained.role)
     network = trained.network(options)
     splits = splits_of(options, trained.role)
@@ -48,7 +53,8 @@ def run(args: argparse.Namespace) -> dict:
     measured = {name: result[name] for name in ("accuracy", "accuracy_at", "firing_rate")}
     found = {"checkpoint": str(trained.path), "dataset": splits.name, "samples": len(splits.val), **measured}
     ranks.say(table(found))
-    ranks.say(f"in training: {trained.accuracy:.2%}; {speed:.0f} images/s")
+    before = "" if trained.accuracy is None else f"in training: {trained.accuracy:.2%}; "
+    ranks.say(f"{before}{speed:.0f} images/s")
     if args.json is not None and ranks.first():
         checkpoint.write((json.dumps(found, indent=2) + "\n").encode(), Path(args.json))
     return found
@@ -61,7 +67,8 @@ def options_of(trained: Trained, args: argparse.Namespace) -> argparse.Namespace
         UsageError: They cannot.
     """
     saved = trained.options
-    changes = {name: value for name, value in vars(args).items() if name not in ("path", "json") and value is not None}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    changes = {name: value for name, value in given.items() if name not in ("path", "json", *DESCRIBED)}
     if "backend" in changes and trained.role == "teacher":
         raise UsageError(f"--backend is for students; {trained.path} holds a teacher.")
     if "data_path" not in changes and saved["data_path"] is not None and not Path(saved["data_path"]).exists():
@@ -83,10 +90,11 @@ def task_of(network: torch.nn.Module, role: str) -> DistillTask | TeacherTask:
 
 def described(trained: Trained, options: argparse.Namespace) -> str:
     """What is evaluated, and how."""
-    arch, where = arch_of(trained.options), f"epoch {trained.epoch}; device {options.device}, amp {options.amp}"
+    epoch = "" if trained.epoch is None else f", epoch {trained.epoch}"
+    arch, where = arch_of(trained.options), f"device {options.device}, amp {options.amp}"
     if trained.role == "teacher":
-        return f"a {arch}, {where}"
-    return f"a {arch} over {options.T} time steps, {where}, neurons on {kernels_of(options)['lif']}"
+        return f"a {arch}{epoch}; {where}"
+    return f"a {arch} over {options.T} time steps{epoch}; {where}, neurons on {kernels_of(options)['lif']}"
 
 
 def table(found: dict) -> str:
@@ -108,7 +116,14 @@ def table(found: dict) -> str:
 def parser() -> argparse.ArgumentParser:
     """Options of `train/evaluate.py`; what is not given is as it was in training."""
     found = Parser("seal-fast-evaluate", description="Evaluate what a run has trained.", allow_abbrev=False)
-    found.add_argument("path", help="the run's folder, or its best.pt")
+    found.add_argument("path", help="the run's folder, its best.pt, or the model_weights.pth of the published code")
+    published = found.add_argument_group("checkpoints of the published code", "what these do not say of themselves")
+    published.add_argument("--stu_arch", choices=STUDENTS, help="the student")
+    published.add_argument("--arch", choices=TEACHERS, help="the teacher")
+    published.add_argument("--dataset", help=", ".join(data.DATASETS))
+    published.add_argument("--decay", type=float, help="membrane decay (default: per dataset)")
+    published.add_argument("--thresh", type=float, help="firing threshold (default: 1)")
+    published.add_argument("--v_reset", help="potential after a spike, or 'none' for soft reset (default: 0)")
     found.add_argument("--data_path", help="folder of the dataset (default: as in training)")
     found.add_argument(
         "--T", type=int, help="time steps, of events so many frames, which are made and kept (default: as in training)"

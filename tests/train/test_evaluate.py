@@ -151,7 +151,7 @@ def test_what_is_no_run_is_refused(changes, expected, runs, tmp_path, capsys):
     [
         ("stu_arch", "resnet18", "does not hold a resnet18"),
         ("stu_arch", "resnet20", "arch of a student must be one of .*; got 'resnet20'"),
-        ("dataset", "MNIST", "--dataset must be one of .*; got 'MNIST'"),
+        ("dataset", "KMNIST", "--dataset must be one of .*; got 'KMNIST'"),
         ("amp", "bf8", "--amp must be one of auto, off, bf16, fp16; .* has 'bf8'"),
         ("backend", "abacus", "--backend: .*abacus"),
         ("data_path", "/nowhere", "--data_path: the run found its data in /nowhere, which is not here"),
