@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `seal-fast-demo`; returns the exit code."""
     parser = Parser("seal-fast-demo", description=__doc__, allow_abbrev=False)
     parser.add_argument("--log_path", default="runs/demo", help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=60, help="(default: %(default)s)")
     parser.add_argument("--T", type=int, default=4, help="time steps (default: %(default)s)")
     parser.add_argument("--num_epoch", type=int, help="epochs of each run (default: that of the trainers)")
     return command(parser, run, argv)

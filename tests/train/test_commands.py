@@ -140,6 +140,11 @@ def test_published_command_leaves_a_complete_run_folder(name, tmp_path, save_tea
     assert_complete(folder, spiking="distill" in name)
 
 
+def test_page_on_reproducing_has_these_commands():
+    page = " ".join((REPOSITORY / "docs" / "reproduce.md").read_text(encoding="utf-8").split())
+    assert [name for name, (command, *_) in COMMANDS.items() if f"python {command}" not in page] == []
+
+
 def assert_complete(folder: Path, *, spiking: bool):
     config = json.loads((folder / "config.json").read_text())
     options, versions = config["options"], config["environment"]
