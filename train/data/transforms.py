@@ -12,35 +12,47 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from .autoaugment import AutoAugment
+
 Transform = Callable[..., Tensor]
 
 
 class _Images(NamedTuple):
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    policy: v2.AutoAugmentPolicy
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    policy: str  # of AutoAugment
     hole: int  # side of the cutout hole, pixels
-    crop: Callable[[], list]  # training geometry, made anew for each call of image_transforms
-    val: Callable[[], list]
+    augmented: tuple[str, ...]  # roles with AutoAugment and cutout
+    train: Callable[[], list]  # geometry of the training part, made anew for each call of image_transforms
+    val: Callable[[], list]  # of the held-out part
 
 
 def _crop_padded() -> list:
-    return [v2.RandomCrop(32, padding=4)]
+    return [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
 
 
-_CIFAR10 = v2.AutoAugmentPolicy.CIFAR10
-_IMAGENET = v2.AutoAugmentPolicy.IMAGENET
+def _crop_resized() -> list:
+    return [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
+
+
+def _crop_centre() -> list:
+    return [v2.Resize(256), v2.CenterCrop(224)]
+
+
+_CIFAR = _Images((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), "CIFAR", 16, ("student",), _crop_padded, list)
 _IMAGES = {
-    "CIFAR10": _Images((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), _CIFAR10, 16, _crop_padded, list),
-    "CIFAR100": _Images((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), _CIFAR10, 16, _crop_padded, list),
+    "CIFAR10": _CIFAR,
+    "CIFAR100": _CIFAR._replace(mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761)),
     "imagenet": _Images(
         (0.485, 0.456, 0.406),
         (0.229, 0.224, 0.225),
-        _IMAGENET,
+        "ImageNet",
         112,
-        lambda: [v2.RandomResizedCrop(224)],
-        lambda: [v2.Resize(256), v2.CenterCrop(224)],
+        ("student", "teacher"),
+        _crop_resized,
+        _crop_centre,
     ),
+    "MNIST": _Images((0.1307,), (0.3081,), "CIFAR", 16, (), list, list),  # a mirrored digit is another sign
 }
 
 
@@ -90,6 +102,8 @@ class Cutout:
 class Finish:
     """What is done to a whole batch of images on the device: until then they travel as bytes.
 
+    A hole is black: it comes before the normalisation, after which black is not 0.
+
     Args:
         mean: of each channel, subtracted.
         std: of each channel, divided by.
@@ -104,10 +118,9 @@ class Finish:
         """Images uint8 [B,C,H,W] → float32 [B,C,H,W]; draws [B,2] choose the holes."""
         if self.mean.device != images.device:
             self.mean, self.std = (values.to(images.device) for values in (self.mean, self.std))
-        images = images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
-        if self.cutout is None:
-            return images
-        return self.cutout.of_each(images, draw(len(images)).to(images.device) if draws is None else draws)
+        if self.cutout is not None:
+            images = self.cutout.of_each(images, draw(len(images)).to(images.device) if draws is None else draws)
+        return images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
 
 class Roll:
@@ -130,7 +143,7 @@ class Roll:
 
 
 class ImageTransforms(NamedTuple):
-    """What happens to images: one by one in the workers, PIL RGB → uint8 [3,H,W], then to batches on the device."""
+    """What happens to images: one by one in the workers, PIL → uint8 [C,H,W], then to batches on the device."""
 
     train: Transform
     val: Transform
@@ -146,17 +159,18 @@ def image_transforms(
     AutoAugment runs on the PIL image, on which its policies were found (arXiv 1805.09501).
 
     Args:
-        name: "CIFAR10", "CIFAR100" or "imagenet".
-        role: "teacher" (crop and flip) or "student" (also AutoAugment and cutout).
+        name: "CIFAR10", "CIFAR100", "imagenet" or "MNIST".
+        role: "student" has AutoAugment and cutout but for MNIST, "teacher" for imagenet only; the rest is crop and flip
+            alone, for MNIST nothing.
         auto_aug: overrides the role's choice unless None.
         cutout: overrides the role's choice unless None.
     """
     images = _IMAGES[name]
-    student = role == "student"
-    train = [*images.crop(), v2.RandomHorizontalFlip()]
-    if student if auto_aug is None else auto_aug:
-        train.append(v2.AutoAugment(images.policy))
-    hole = Cutout(images.hole) if (student if cutout is None else cutout) else None
+    augmented = role in images.augmented
+    train = images.train()
+    if augmented if auto_aug is None else auto_aug:
+        train.append(AutoAugment(images.policy))
+    hole = Cutout(images.hole) if (augmented if cutout is None else cutout) else None
     return ImageTransforms(
         v2.Compose([*train, v2.PILToTensor()]),
         v2.Compose([*images.val(), v2.PILToTensor()]),
