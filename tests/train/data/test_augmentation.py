@@ -178,7 +178,7 @@ def test_grey_digits_are_augmented_if_asked_for():
     results = torch.stack([recipe.train(digit) for _ in range(copies)])
     assert (results.dtype, results.shape) == (torch.uint8, (copies, 1, 28, 28))
     # By the policy's probabilities: 0.79 + 0.85 + 0.2 + 0.5 + 0.4 + 0.97 of 25 pairs, and 0.07 where no autocontrast
-    # follows. Within four standard errors; measured 0.9.
+    # follows. Within four standard errors; measured 0.8.
     expected = 3.78 / 25
     share = (results == 128).flatten(1).any(1).float().mean().item()
     assert abs(share - expected) < 4 * (expected * (1 - expected) / copies) ** 0.5
@@ -284,7 +284,7 @@ def numbers_of_images(images, name):
     height, width = grey.shape[1:]
     return torch.stack(
         [
-            *((where.all(1)).float().mean((1, 2)) for where in (levels == 0, levels == 128, images == 0)),
+            *(where.all(1).float().mean((1, 2)) for where in (levels == 0, levels == 128, images == 0)),
             *images.mean((2, 3)).unbind(1),
             *images.square().mean((2, 3)).unbind(1),
             grey[:, : height // 2].mean((1, 2)),
@@ -314,8 +314,7 @@ def assert_as_published(numbers, published, names):
     numbers = numbers.double()
     error = (numbers.var(0) / len(numbers) + published_error**2).sqrt()
     away = (numbers.mean(0) - expected).abs()
-    # The last digit that is written down, where a number has no spread.
-    wrong = away > 4 * error + 1e-6
+    wrong = away > 4 * error + 1e-6  # the last digit that is written down above
     assert not wrong.any(), {name: (away[i] / error[i]).item() for i, name in enumerate(names) if wrong[i]}
 
 
@@ -329,13 +328,13 @@ def augmented(name, role, image, copies, batch):
 
 def stretched(image, height, width):
     """Rows and columns repeated, so that no resampling enters."""
-    rows, columns = (np.arange(to) * size // to for to, size in zip((height, width), image.shape, strict=False))
+    rows, columns = np.arange(height) * image.shape[0] // height, np.arange(width) * image.shape[1] // width
     return image[rows][:, columns]
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_cifar_copies_have_the_published_numbers(role):
-    """Measured at most 0.0 standard errors."""
+    """Measured at most 1.7 standard errors for the student, 2.8 for the teacher; 1.8 and 1.9 with 200,000 copies."""
     image = Image.fromarray(arrays("augment")["image_square"])
     numbers = augmented("CIFAR10", role, image, 20_000, batch=500)
     assert_as_published(numbers, IMAGE_COPIES["CIFAR10", role], IMAGE_NUMBERS)
@@ -346,14 +345,14 @@ def test_cifar_copies_have_the_published_numbers(role):
     [("student", 1000), ("teacher", 1000), pytest.param("student", 20_000, marks=pytest.mark.long)],
 )
 def test_imagenet_copies_have_the_published_numbers(role, copies):
-    """Measured at most 0.0 standard errors."""
+    """Measured at most 3.1 standard errors with 1000 copies, 0.8 with 20,000."""
     image = Image.fromarray(stretched(arrays("augment")["image_wide"], 260, 300))
     numbers = augmented("imagenet", role, image, copies, batch=50)
     assert_as_published(numbers, IMAGE_COPIES["imagenet"], IMAGE_NUMBERS)
 
 
 def test_event_copies_have_the_published_numbers():
-    """Measured at most 0.0 standard errors."""
+    """Measured at most 1.0 standard errors."""
     counts = stretched(arrays("augment")["image_wide"], 48, 48) >> 4  # 0 to 15 events a pixel
     frames = torch.from_numpy(np.stack([counts[..., :2], counts[..., 1:]])).permute(0, 3, 1, 2).float()
     transform = event_transform(flip=True)
