@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import pickle
@@ -12,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from seal_fast.models import TEACHERS, teacher
+from seal_fast.models import STUDENTS, TEACHERS, student, teacher
+from seal_fast.models.ann import WITHOUT_STEMS
 from seal_fast.train.errors import UsageError
 
 BEST = "best.pt"  # of a run's folder: the weights of the best epoch
@@ -106,18 +108,24 @@ def best_of(path: str | Path) -> Path:
 
 
 def weights_of(content: dict) -> object:
-    """What a checkpoint says are a network's weights: {"best_net": state_dict}, or all of it.
+    """What a checkpoint says are a network's weights: those of its best epoch, the last ones, or all that it holds.
 
-    DataParallel, in which the published code trains on several GPUs, puts every module under the name "module".
+    DataParallel and DistributedDataParallel put every module under the name "module".
     """
-    state = content.get("best_net", content)
+    state = content.get("best_net", content.get("net", content))
     return {name.removeprefix("module."): value for name, value in state.items()} if _is_state_dict(state) else state
 
 
-def start_from(network: nn.Module, path: Path, what: str) -> list[str]:
+def start_from(network: nn.Module, path: Path, what: str, **asked: str) -> list[str]:
     """Give a fresh network the weights of a checkpoint.
 
     A readout, the last linear layer, of another number of classes stays as it is.
+
+    Args:
+        network: The network.
+        path: The checkpoint.
+        what: The network in words.
+        **asked: As in `load_into`.
 
     Returns:
         Names of the parameters that stay as they are.
@@ -132,29 +140,38 @@ def start_from(network: nn.Module, path: Path, what: str) -> list[str]:
         kept = [name for name in readout if name in state and state[name].shape[1:] == own[name].shape[1:]]
         kept = [name for name in kept if state[name].shape != own[name].shape]
         state = {**state, **{name: own[name] for name in kept}}
-    load_into(network, state, path, what)
+    load_into(network, state, path, what, **asked)
     return kept
 
 
-def load_into(network: nn.Module, state: dict, path: Path, what: str) -> None:
+def load_into(network: nn.Module, state: object, path: Path, what: str, **asked: str) -> None:
     """Load a state dict if its names and shapes are those of the network.
+
+    Args:
+        network: The network.
+        state: The state dict.
+        path: Where it comes from.
+        what: The network in words.
+        **asked: The `role` and `arch` that were asked for, and the `flag` that did: if they are given, a state dict of
+            another known network is recognised.
 
     Raises:
         UsageError: They are not.
     """
-    require_match(network, state, path, what)
+    require_match(network, state, path, what, **asked)
     network.load_state_dict(state)
 
 
-def require_match(network: nn.Module, state: object, path: Path, what: str) -> None:
-    """See whether names and shapes of a state dict are those of the network.
+def require_match(network: nn.Module, state: object, path: Path, what: str, **asked: str) -> None:
+    """See whether names and shapes of a state dict are those of the network; the arguments are those of `load_into`.
 
     Raises:
         UsageError: They are not.
     """
     mismatch = _mismatch(network.state_dict(), state) if _is_state_dict(state) else "it is no state dict"
     if mismatch:
-        raise UsageError(f"checkpoint {path} does not hold {what}: {mismatch}.")
+        found = _instead(state, **asked) if asked else ""
+        raise UsageError(f"checkpoint {path} does not hold {what}{found}: {mismatch}.")
 
 
 def load_teacher(path: Path, arch: str, *, num_classes: int, in_channels: int, stem: str | None) -> nn.Module:
@@ -168,10 +185,7 @@ def load_teacher(path: Path, arch: str, *, num_classes: int, in_channels: int, s
         raise UsageError(f"checkpoint {path} holds no teacher: expected {{'best_net': state_dict}}.")
     network = teacher(arch, num_classes=num_classes, in_channels=in_channels, stem=stem)
     what = f"a {arch} with {num_classes} classes and {in_channels} input channels"
-    others = [name for name in TEACHERS if name != arch and _fits(name, state, num_classes, in_channels)]
-    if others:
-        what += f" but a {others[0]} (pass --tea_arch {others[0]})"
-    load_into(network, state, path, what)
+    load_into(network, state, path, what, role="teacher", arch=arch, flag="--tea_arch")
     return network.eval().requires_grad_(False)
 
 
@@ -186,10 +200,24 @@ def _is_state_dict(state: object) -> bool:
     return all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
 
 
-def _fits(arch: str, state: dict, num_classes: int, in_channels: int) -> bool:
-    with torch.device("meta"):
-        network = teacher(arch, num_classes=num_classes, in_channels=in_channels)
-    return not _mismatch(network.state_dict(), state)
+def _instead(state: object, role: str, arch: str, flag: str) -> str:
+    """Of which network weights are that should be of another, in words; empty where they are of none that is known."""
+    matrices = matrices_of(state)
+    if not matrices or matrices[-1].shape[0] < 2 or matrices[0].shape[1] < 1:
+        return ""
+    sizes = {"num_classes": matrices[-1].shape[0], "in_channels": matrices[0].shape[1]}
+    known = [("student", name, functools.partial(student, **sizes)) for name in STUDENTS]
+    for stem in (None, "cifar", "imagenet"):
+        stemmed = [name for name in TEACHERS if stem is None or name not in WITHOUT_STEMS]
+        known += [("teacher", name, functools.partial(teacher, **sizes, stem=stem)) for name in stemmed]
+    for found_role, found, make in known:
+        with torch.device("meta"):
+            fits = not _mismatch(make(found).state_dict(), state)
+        if fits and found_role != role:
+            return f" but a {found_role}, a {found}"
+        if fits:
+            return "" if found == arch.removesuffix("_dvs") else f" but a {found} (pass {flag} {found})"
+    return ""
 
 
 def _mismatch(expected: dict, state: dict) -> str:

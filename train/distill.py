@@ -16,7 +16,7 @@ from seal_fast.train import ranks
 from seal_fast.train.checkpoint import load_teacher
 from seal_fast.train.command import command
 from seal_fast.train.folder import Run
-from seal_fast.train.networks import initial_network, stem_of
+from seal_fast.train.networks import network_of, stem_of
 from seal_fast.train.options import as_published, distill_parser, kernels_of
 from seal_fast.train.run import prepare, splits_of, train
 from seal_fast.train.step import AMP_DTYPES
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> dict:
     splits = splits_of(args, "student")
     # Before the teacher, whose own initialisation would otherwise change the student that a seed stands for.
     sizes = {"num_classes": splits.num_classes, "in_channels": splits.in_channels}
-    network = initial_network(args, **sizes)
+    network = network_of(args, **sizes)
     teacher = None
     if args.method != "ce":
         teacher = load_teacher(

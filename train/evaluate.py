@@ -43,9 +43,12 @@ def run(args: argparse.Namespace) -> dict:
     if trained.num_classes != splits.num_classes:
         known = f"{trained.path} tells {trained.num_classes} classes apart"
         raise UsageError(f"{known}; {splits.name} has {splits.num_classes}.")
+    if trained.in_channels != splits.in_channels:
+        known = f"{trained.path} takes inputs of {trained.in_channels} channels"
+        raise UsageError(f"{known}; {splits.name} has {splits.in_channels}.")
     device = torch.device(options.device)
     network.to(device, memory_format=torch.contiguous_format if as_published(options) else torch.channels_last)
-    ranks.say(f"{trained.path}: {described(trained, options)}")
+    ranks.say(f"{trained.path}: {headline(trained, options)}")
     feed = Feed(val_loader_of(splits, options), device, splits.finish_val)
     begun = time.perf_counter()
     result = evaluate(task_of(network, trained.role), feed, device=device, amp=options.amp)
@@ -88,7 +91,7 @@ def task_of(network: torch.nn.Module, role: str) -> DistillTask | TeacherTask:
     return DistillTask(network, None, method="ce", alpha=0.0, beta=0.0, temperature=1.0, backend="torch")
 
 
-def described(trained: Trained, options: argparse.Namespace) -> str:
+def headline(trained: Trained, options: argparse.Namespace) -> str:
     """What is evaluated, and how."""
     epoch = "" if trained.epoch is None else f", epoch {trained.epoch}"
     arch, where = arch_of(trained.options), f"device {options.device}, amp {options.amp}"

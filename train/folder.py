@@ -44,10 +44,6 @@ class Run:
                 print("There is no run to resume; a new one begins.", flush=True)
             if _checkpoints(self.folder):
                 raise UsageError(f"--run_name: {self.folder} already holds a run; go on with --resume {self.folder}.")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--log_path: cannot make the run's folder {self.folder}: {error.strerror}.") from error
 
     def load(self, check: Callable[[dict, Path], None]) -> dict:
         """The checkpoint to go on from: with "auto", the one before it where the last is of no use.
@@ -77,8 +73,16 @@ class Run:
         """Write last.pt; the one before it becomes previous.pt."""
         checkpoint.save_keeping_previous(content, self.folder / LAST, self.folder / PREVIOUS)
 
-    def write_config(self, args: argparse.Namespace) -> None:
-        """Write config.json: the resolved options, versions, commit and machine."""
+    def begin(self, args: argparse.Namespace) -> None:
+        """Make the folder, and write config.json: the resolved options, versions, commit and machine.
+
+        Raises:
+            UsageError: The folder cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--log_path: cannot make the run's folder {self.folder}: {error.strerror}.") from error
         config = {"options": vars(args), "environment": environment(args.device)}
         checkpoint.write((json.dumps(config, indent=2) + "\n").encode(), self.folder / "config.json")
 
@@ -106,7 +110,7 @@ def _resume_from(args: argparse.Namespace, named: Path | None, title: str) -> Pa
         folders = [named] if named else Path(args.log_path).glob(which)
         found = [checkpoints[0] for checkpoints in map(_checkpoints, folders) if checkpoints]
         if not named:
-            found = [path for path in found if not difference(_options_of(path.parent), args)]
+            found = [path for path in found if _same(_options_of(path.parent), args)]
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
     path = Path(args.resume)
     if ranks.restarted() and path.is_file():
@@ -124,6 +128,11 @@ def _options_of(folder: Path) -> dict:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))["options"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _same(saved: dict, args: argparse.Namespace) -> bool:
+    """Whether a run is the one that these options describe, from the weights that it began with."""
+    return not difference(saved, args) and saved.get("init_from") == args.init_from
 
 
 def difference(saved: dict, args: argparse.Namespace) -> str:

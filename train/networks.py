@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from torch import nn
 
 from seal_fast.models import student, teacher
+from seal_fast.models.ann import WITHOUT_STEMS
 from seal_fast.train import checkpoint, data, ranks
 from seal_fast.train.errors import UsageError
 from seal_fast.train.options import distill_parser, fill_in, potential, teacher_parser
@@ -26,7 +28,7 @@ def arch_of(options: dict) -> str:
 
 def stem_of(dataset: str, arch: str) -> str:
     """The stem of a teacher for a dataset: ImageNet's at 224 pixels, whatever the number of classes."""
-    return "imagenet" if dataset == "imagenet" and arch not in ("resnet8", "resnet19") else "cifar"
+    return "imagenet" if dataset == "imagenet" and arch not in WITHOUT_STEMS else "cifar"
 
 
 def network_of(args: argparse.Namespace, *, num_classes: int, in_channels: int) -> nn.Module:
@@ -46,21 +48,22 @@ def network_of(args: argparse.Namespace, *, num_classes: int, in_channels: int) 
     )
 
 
-def initial_network(args: argparse.Namespace, *, num_classes: int, in_channels: int) -> nn.Module:
-    """The network that a run starts from: with fresh weights, or with those that --init_from names.
-
-    A run that is resumed by name has its own, and --init_from is not read.
+def start_from(network: nn.Module, args: argparse.Namespace) -> None:
+    """Give a fresh network the weights that --init_from names.
 
     Raises:
-        UsageError: --init_from holds another network.
+        UsageError: It names no checkpoint, or one of another network.
     """
-    network = network_of(args, num_classes=num_classes, in_channels=in_channels)
-    if args.init_from is not None and args.resume in (None, "auto"):
-        path, arch = checkpoint.best_of(args.init_from), arch_of(vars(args))
-        kept = checkpoint.start_from(network, path, f"a {arch} for {in_channels} input channels")
-        anew = f"; {' and '.join(kept)} start anew, for {num_classes} classes" if kept else ""
-        ranks.say(f"--init_from: weights of {path}{anew}.")
-    return network
+    path, options = Path(args.init_from), vars(args)
+    arch = arch_of(options)
+    readout = checkpoint.start_from(network, path, f"a {arch} for this data", **_asked(role_of(options), arch))
+    anew = f"; {' and '.join(readout)} start anew, for another number of classes" if readout else ""
+    ranks.say(f"--init_from: weights of {path}{anew}.")
+
+
+def _asked(role: str, arch: str) -> dict[str, str]:
+    """What a checkpoint should hold, as `checkpoint.load_into` takes it."""
+    return {"role": role, "arch": arch, "flag": "--stu_arch" if role == "student" else "--arch"}
 
 
 class Trained:
@@ -94,47 +97,50 @@ class Trained:
             described["dataset"] = data.canonical(described["dataset"])
         if "v_reset" in described:
             described["v_reset"] = potential(described["v_reset"])
-        try:
-            if "options" in content:
-                self._read_own(content, described)
-            else:
-                self._read_published(content, described)
-            matrices = checkpoint.matrices_of(self._weights)
-            # From the stem's to the classifier's.
-            self.num_classes, self.in_channels = matrices[-1].shape[0], matrices[0].shape[1]
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            if isinstance(error, UsageError):
-                raise
-            what = f"is not the {checkpoint.BEST} of a run: it does not say which network it holds"
-            hint = "of one by the published code, --stu_arch or --arch says so, and --dataset"
-            raise UsageError(f"checkpoint {self.path} {what} ({hint}).") from None
+        if "options" in content:
+            self._read_own(content, described)
+        else:
+            self._read_published(content, described)
+        matrices = checkpoint.matrices_of(self._weights)
+        if not matrices:
+            raise UsageError(f"checkpoint {self.path} holds no weights of a network.")
+        # From the stem's to the classifier's.
+        self.num_classes, self.in_channels = matrices[-1].shape[0], matrices[0].shape[1]
 
     def _read_own(self, content: dict, described: dict) -> None:
         options = content["options"]
-        self.role = role_of(options)
-        arch_of(options)
-        parser = distill_parser() if self.role == "student" else teacher_parser()
-        self.options = {**vars(parser.parse_args(["--dataset", options["dataset"]])), **options}
+        try:
+            self.role = role_of(options)
+            arch_of(options)
+            parser = distill_parser() if self.role == "student" else teacher_parser()
+            self.options = {**vars(parser.parse_args(["--dataset", options["dataset"]])), **options}
+            self.epoch, self.accuracy = int(content["epoch"]), float(content["accuracy"])
+        except (KeyError, TypeError, ValueError):
+            what = f"is not the {checkpoint.BEST} of a run: it does not say which network it holds"
+            raise UsageError(f"checkpoint {self.path} {what}.") from None
         for name, value in described.items():
             if self.options.get(name) != value:
                 raise UsageError(f"--{name} is {value}; the run in {self.path} has {self.options.get(name)}.")
-        self.epoch, self.accuracy = int(content["epoch"]), float(content["accuracy"])
 
     def _read_published(self, content: dict, described: dict) -> None:
+        named = [name for name in ("stu_arch", "arch") if name in described]
+        if len(named) != 1 or "dataset" not in described:
+            how = "name it with --dataset, and --stu_arch for a student or --arch for a teacher"
+            raise UsageError(f"checkpoint {self.path} does not say which network it holds: {how}.")
         self.role = role_of(described)
-        arch_of(described)
         parser = distill_parser() if self.role == "student" else teacher_parser()
         args = parser.parse_args(["--dataset", described["dataset"]])
         unknown = [name for name in described if not hasattr(args, name)]
         if unknown:
-            raise UsageError(f"--{unknown[0]} is for students; {self.path} is said to hold a {self.role}.")
+            raise UsageError(f"--{unknown[0]} is for students; {self.path} is said to hold a teacher.")
         vars(args).update(described)
         fill_in(args, role=self.role)
         if self.role == "student":
             args.v_reset = potential(args.v_reset)
         self.options = vars(args)
-        self.epoch = int(content["best_epoch"]) if "best_epoch" in content else None
-        self.accuracy = float(content["best_acc"]) / 100 if "best_acc" in content else None  # published in per cent
+        epoch, accuracy = (_number(content.get(name)) for name in ("best_epoch", "best_acc"))
+        self.epoch = None if epoch is None else int(epoch) + 1  # published from 0
+        self.accuracy = None if accuracy is None else accuracy / 100  # published in per cent
 
     def network(self, args: argparse.Namespace) -> nn.Module:
         """The network in evaluation mode, on the CPU.
@@ -149,8 +155,18 @@ class Trained:
             network = network_of(args, num_classes=self.num_classes, in_channels=self.in_channels)
         except (TypeError, ValueError) as error:
             raise UsageError(f"checkpoint {self.path} holds no network that can be made here: {error}") from error
-        checkpoint.load_into(network, self._weights, self.path, f"a {arch_of(vars(args))}")
+        arch = arch_of(vars(args))
+        checkpoint.load_into(network, self._weights, self.path, f"a {arch}", **_asked(self.role, arch))
         return network.eval()
+
+
+def _number(value: object) -> float | None:
+    """A finite number of a checkpoint; None where it is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several values
+        return None
+    return number if math.isfinite(number) else None
 
 
 def load(

@@ -35,8 +35,8 @@ _IMAGENET = {**_CIFAR, "num_epoch": 100, "batch_size": 512, "decay": 0.2, "stude
 _DIGITS = {**_CIFAR, "num_epoch": 10, "batch_size": 64, "student": "resnet8", "teacher": "resnet8"}
 
 # dataset -> (defaults of a teacher's run, defaults of a student's run). Those of CIFAR, CIFAR10-DVS and ImageNet are
-# what the six published commands of SeAl-KD (arXiv 2605.14252) say, and the published scripts' own where a command is
-# silent; MNIST's are CIFAR's, as in the published scripts; those of the digits are this project's own.
+# what the six published commands of SeAl-KD (arXiv 2605.14252) say; batches of 128 for the teacher of CIFAR10-DVS are
+# its script's. MNIST's are CIFAR's, as in the published scripts; those of the digits are this project's own.
 DEFAULTS: dict[str, tuple[dict, dict]] = {
     "CIFAR10": (_CIFAR, _CIFAR),
     "CIFAR100": (_CIFAR, _CIFAR),
@@ -59,6 +59,7 @@ FREE_ON_RESUME = frozenset(
         "val_batch_size",
         "device",
         "tea_path",
+        "init_from",
         "step_mode",
         "backend",
         "packed_spikes",
@@ -198,7 +199,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--init_from",
-        help="start from the weights of this run folder, best.pt, or published model_weights.pth; a classifier of "
+        help="start from the weights of this run folder, checkpoint, or published model_weights.pth; a readout of "
         "another number of classes starts anew",
     )
     parser.add_argument(
@@ -312,7 +313,7 @@ def potential(text: str | float | None) -> float | None:
         return None
     try:
         value = float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         raise UsageError(f"--v_reset must be a number, or none for soft reset; got {text!r}.") from None
     _require("--v_reset", value)
     return value
@@ -344,6 +345,8 @@ def _check_shared(args: argparse.Namespace) -> None:
             f"got {args.train_batch_size}."
         )
     saving(args.save_every)
+    if args.init_from is not None:  # the same file, wherever the run is resumed from
+        args.init_from = str(checkpoint.best_of(args.init_from).resolve())
     try:
         torch.zeros(1, device=args.device).cpu()
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError here

@@ -19,6 +19,7 @@ from seal_fast.train.folder import Run
 from seal_fast.train.keeper import Keeper
 from seal_fast.train.log import Log, line_of, row_of
 from seal_fast.train.meters import Meters
+from seal_fast.train.networks import start_from
 from seal_fast.train.options import as_published, kernels_of, resolve, saving, smallest_part
 from seal_fast.train.state import State, require_finite
 from seal_fast.train.step import GraphedStep, Step
@@ -126,6 +127,8 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
         state.load(ranks.from_first(run.load, functools.partial(state.check, args=args)))
         if state.epoch >= args.num_epoch:
             raise UsageError(f"--resume: the run in {run.folder} has already finished its {args.num_epoch} epochs.")
+    elif args.init_from is not None:
+        start_from(task.network, args)
     packed = getattr(args, "packed_spikes", False)
     kind = GraphedStep if args.cuda_graph else Step
     step = kind(task, optimizer, scaler, device=device, amp=args.amp, packed=packed)
@@ -136,7 +139,7 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
         content = state.content(args, batches, meters)
         ranks.from_first(run.save, content)
 
-    ranks.from_first(run.write_config, args)
+    ranks.from_first(run.begin, args)
     _announce(args, splits, run, state, batches)
     steps, seconds = saving(args.save_every)
     with contextlib.ExitStack() as open_until_the_end:

@@ -11,7 +11,7 @@ import sys
 from seal_fast.train import ranks
 from seal_fast.train.command import command
 from seal_fast.train.folder import Run
-from seal_fast.train.networks import initial_network
+from seal_fast.train.networks import network_of
 from seal_fast.train.options import teacher_parser
 from seal_fast.train.run import prepare, splits_of, train
 from seal_fast.train.tasks import TeacherTask
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     args = prepare(args, "teacher")
     splits = splits_of(args, "teacher")
-    network = initial_network(args, num_classes=splits.num_classes, in_channels=splits.in_channels)
+    network = network_of(args, num_classes=splits.num_classes, in_channels=splits.in_channels)
     folder = ranks.from_first(Run, args, f"teacher-{args.dataset}-{args.arch}")
     return train(args, TeacherTask(network), splits, folder, spiking=False)
 

@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..ops._arguments import require_integer
 
-IMAGENET_CLASSES = 1000
+SMALL_IMAGE_CLASSES = 100  # a network for more classes than these has the stem for large images
 EVENT_CHANNELS = 2  # of frames of events: one for each polarity
 
 
@@ -70,6 +70,7 @@ _ARCHITECTURES = {
     "resnet50": (Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), None),
 }
 TEACHERS = tuple(_ARCHITECTURES)
+WITHOUT_STEMS = ("resnet8", "resnet19")  # these have a 3×3 convolution for any number of classes
 
 
 class Teacher(nn.Module):
@@ -110,7 +111,7 @@ class Teacher(nn.Module):
 def teacher(arch: str, *, num_classes: int, in_channels: int | None = None, stem: str | None = None) -> Teacher:
     """A teacher network.
 
-    After `torch.manual_seed(n)` it has the weights that the published constructor gives it after the same call.
+    After `torch.manual_seed(n)` a published one has the weights that the published constructor gives it.
 
     Args:
         arch: "resnet18", "resnet19", "resnet34" or "resnet50"; "resnet18_dvs", a resnet18 that takes frames of events
@@ -118,7 +119,7 @@ def teacher(arch: str, *, num_classes: int, in_channels: int | None = None, stem
         num_classes: K.
         in_channels: C of the images; None for 3, and for 2 with "resnet18_dvs".
         stem: "imagenet", a 7×7 convolution with stride 2 and pooling (resnet8 and resnet19 have none); "cifar", a 3×3
-            convolution; None, as published: "imagenet" for 1,000 classes.
+            convolution; None, as published: "imagenet" for more than 100 classes.
 
     Returns:
         A module: images [B, C, H, W] -> logits [B, K].
@@ -134,12 +135,12 @@ def teacher(arch: str, *, num_classes: int, in_channels: int | None = None, stem
     if in_channels is None:
         in_channels = EVENT_CHANNELS if arch == "resnet18_dvs" else 3
     require_integer("in_channels", in_channels, 1)
-    if arch in ("resnet8", "resnet19"):
+    if arch in WITHOUT_STEMS:
         if stem == "imagenet":
             raise ValueError(f"{arch} has no 'imagenet' stem; use 'cifar' or None.")
         stem = "cifar"
     elif stem is None:
-        stem = "imagenet" if num_classes == IMAGENET_CLASSES else "cifar"
+        stem = "imagenet" if num_classes > SMALL_IMAGE_CLASSES else "cifar"
     return Teacher(arch, num_classes, in_channels, imagenet_stem=stem == "imagenet")
 
 

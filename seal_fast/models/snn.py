@@ -246,7 +246,8 @@ def student(
 ) -> Student:
     """A spiking student with the published neuron: input not divided by tau, sigmoid surrogate with α = 4.
 
-    After `torch.manual_seed(n)` it has the weights that the published constructor gives it after the same call.
+    After `torch.manual_seed(n)`, resnet18, resnet19 and preact_resnet34 have the weights that the published
+    constructors give them.
 
     Args:
         arch: "resnet18", "resnet19", "preact_resnet18" or "preact_resnet34"; or "resnet8", a small one for small

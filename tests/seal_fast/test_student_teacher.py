@@ -118,6 +118,8 @@ def test_options_of_the_neuron_reach_every_neuron():
     ("arch", "classes", "stem", "kernel"),
     [
         ("resnet18", 10, None, 3),
+        ("resnet18", 100, None, 3),
+        ("resnet18", 101, None, 7),
         ("resnet18", 1000, None, 7),
         ("resnet34", 10, "imagenet", 7),
         ("resnet34", 1000, "cifar", 3),

@@ -67,8 +67,8 @@ COMMANDS = {
 }
 
 
-# All other flags that the published scripts take, each with its default there; but data comes from one process, and a
-# processor computes.
+# All other flags that the published scripts take: switches on, the rest with their defaults there; but data comes from
+# one process, and a processor computes.
 FLAGS = {
     "teacher": "--seed 60 --num_workers 1 --device cpu --optim sgdm --stu_arch none --cutout --auto_aug "
     "--save_features",

@@ -134,9 +134,9 @@ UNKNOWN = "does not say which network it holds"
         ({"options": {"stu_arch": "resnet8"}}, UNKNOWN),
         ({"accuracy": "high"}, UNKNOWN),
         ({"epoch": None}, UNKNOWN),
-        ({"best_net": [1, 2]}, UNKNOWN),
-        ({"best_net": {"a": 1}}, UNKNOWN),
-        ({"best_net": {}}, UNKNOWN),
+        ({"best_net": [1, 2]}, "holds no weights of a network"),
+        ({"best_net": {"a": 1}}, "holds no weights of a network"),
+        ({"best_net": {}}, "holds no weights of a network"),
         ({"best_net": {"a": torch.zeros(3, 4)}}, "does not hold a resnet8"),
     ],
 )
