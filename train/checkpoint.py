@@ -116,30 +116,24 @@ def weights_of(content: dict) -> object:
     return {name.removeprefix("module."): value for name, value in state.items()} if _is_state_dict(state) else state
 
 
-def start_from(network: nn.Module, path: Path, what: str, **asked: str) -> list[str]:
-    """Give a fresh network the weights of a checkpoint.
+def start_from(network: nn.Module, state: object, path: Path, what: str, **asked: str) -> list[str]:
+    """Give a fresh network the weights of a checkpoint; the arguments are those of `load_into`.
 
     A readout, the last linear layer, of another number of classes stays as it is.
-
-    Args:
-        network: The network.
-        path: The checkpoint.
-        what: The network in words.
-        **asked: As in `load_into`.
 
     Returns:
         Names of the parameters that stay as they are.
 
     Raises:
-        UsageError: The file cannot be read, or holds another network.
+        UsageError: The state dict is of another network.
     """
-    own, state = network.state_dict(), weights_of(load(path))
-    kept = []
-    if _is_state_dict(state):
-        readout = list(own)[-2:]  # weight [K, C] and bias [K]
-        kept = [name for name in readout if name in state and state[name].shape[1:] == own[name].shape[1:]]
-        kept = [name for name in kept if state[name].shape != own[name].shape]
-        state = {**state, **{name: own[name] for name in kept}}
+    own, kept = network.state_dict(), []
+    readout = list(own)[-2:]  # weight [K, C] and bias [K]
+    if _is_state_dict(state) and all(name in state for name in readout):
+        weight, bias = (state[name].shape for name in readout)
+        if weight[1:] == own[readout[0]].shape[1:] and bias == weight[:1] != own[readout[1]].shape:
+            kept = readout
+            state = {**state, **{name: own[name] for name in kept}}
     load_into(network, state, path, what, **asked)
     return kept
 
@@ -168,7 +162,8 @@ def require_match(network: nn.Module, state: object, path: Path, what: str, **as
     Raises:
         UsageError: They are not.
     """
-    mismatch = _mismatch(network.state_dict(), state) if _is_state_dict(state) else "it is no state dict"
+    forms = "it is no state dict, and has none under best_net"
+    mismatch = _mismatch(network.state_dict(), state) if _is_state_dict(state) else forms
     if mismatch:
         found = _instead(state, **asked) if asked else ""
         raise UsageError(f"checkpoint {path} does not hold {what}{found}: {mismatch}.")

@@ -10,9 +10,9 @@ from torch import nn
 
 from seal_fast.models import student, teacher
 from seal_fast.models.ann import WITHOUT_STEMS
-from seal_fast.train import checkpoint, data, ranks
+from seal_fast.train import checkpoint, ranks
 from seal_fast.train.errors import UsageError
-from seal_fast.train.options import distill_parser, fill_in, potential, teacher_parser
+from seal_fast.train.options import dataset_of, distill_parser, fill_in, potential, teacher_parser
 from seal_fast.train.tasks import tau_of
 
 
@@ -32,7 +32,7 @@ def stem_of(dataset: str, arch: str) -> str:
 
 
 def network_of(args: argparse.Namespace, *, num_classes: int, in_channels: int) -> nn.Module:
-    """A network with fresh weights, for a dataset of so many classes and channels."""
+    """A network with fresh weights, for data of this number of classes and channels."""
     sizes = {"num_classes": num_classes, "in_channels": in_channels}
     if role_of(vars(args)) == "teacher":
         return teacher(args.arch, **sizes, stem=stem_of(args.dataset, args.arch))
@@ -48,15 +48,15 @@ def network_of(args: argparse.Namespace, *, num_classes: int, in_channels: int) 
     )
 
 
-def start_from(network: nn.Module, args: argparse.Namespace) -> None:
-    """Give a fresh network the weights that --init_from names.
+def load_start(network: nn.Module, args: argparse.Namespace) -> None:
+    """Give a fresh network the weights that --init_from names; the first rank reads them.
 
     Raises:
         UsageError: It names no checkpoint, or one of another network.
     """
-    path, options = Path(args.init_from), vars(args)
-    arch = arch_of(options)
-    readout = checkpoint.start_from(network, path, f"a {arch} for this data", **_asked(role_of(options), arch))
+    path, options = checkpoint.best_of(args.init_from), vars(args)
+    state, arch = checkpoint.weights_of(ranks.from_first(checkpoint.load, path)), arch_of(options)
+    readout = checkpoint.start_from(network, state, path, f"a {arch} for this data", **_asked(role_of(options), arch))
     anew = f"; {' and '.join(readout)} start anew, for another number of classes" if readout else ""
     ranks.say(f"--init_from: weights of {path}{anew}.")
 
@@ -81,7 +81,7 @@ class Trained:
         options: Of the run, resolved; what is newer than the run has its default.
         role: "student" or "teacher".
         num_classes, in_channels: Of its network.
-        epoch: Of how many epochs the weights are; None where the file does not say.
+        epoch: The epoch that the weights are from, counted from 1; None where the file does not say.
         accuracy: On the validation part after that epoch; None where the file does not say.
 
     Raises:
@@ -93,8 +93,6 @@ class Trained:
         content = checkpoint.load(self.path)
         self._weights = checkpoint.weights_of(content)
         described = {name: value for name, value in described.items() if value is not None}
-        if "dataset" in described:
-            described["dataset"] = data.canonical(described["dataset"])
         if "v_reset" in described:
             described["v_reset"] = potential(described["v_reset"])
         if "options" in content:
@@ -111,13 +109,15 @@ class Trained:
         options = content["options"]
         try:
             self.role = role_of(options)
-            arch_of(options)
+            arch_of(options)  # raises KeyError where there is none
             parser = distill_parser() if self.role == "student" else teacher_parser()
             self.options = {**vars(parser.parse_args(["--dataset", options["dataset"]])), **options}
             self.epoch, self.accuracy = int(content["epoch"]), float(content["accuracy"])
         except (KeyError, TypeError, ValueError):
             what = f"is not the {checkpoint.BEST} of a run: it does not say which network it holds"
             raise UsageError(f"checkpoint {self.path} {what}.") from None
+        if "dataset" in described:
+            described = {**described, "dataset": dataset_of(described["dataset"])}
         for name, value in described.items():
             if self.options.get(name) != value:
                 raise UsageError(f"--{name} is {value}; the run in {self.path} has {self.options.get(name)}.")
@@ -125,8 +125,8 @@ class Trained:
     def _read_published(self, content: dict, described: dict) -> None:
         named = [name for name in ("stu_arch", "arch") if name in described]
         if len(named) != 1 or "dataset" not in described:
-            how = "name it with --dataset, and --stu_arch for a student or --arch for a teacher"
-            raise UsageError(f"checkpoint {self.path} does not say which network it holds: {how}.")
+            how = "with --dataset, and either --stu_arch for a student or --arch for a teacher"
+            raise UsageError(f"checkpoint {self.path} does not say which network it holds: describe it {how}.")
         self.role = role_of(described)
         parser = distill_parser() if self.role == "student" else teacher_parser()
         args = parser.parse_args(["--dataset", described["dataset"]])
@@ -164,7 +164,7 @@ def _number(value: object) -> float | None:
     """A finite number of a checkpoint; None where it is none."""
     try:
         number = float(value)
-    except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several values
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is for a tensor of several values
         return None
     return number if math.isfinite(number) else None
 

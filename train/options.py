@@ -48,7 +48,8 @@ DEFAULTS: dict[str, tuple[dict, dict]] = {
 }
 
 
-# Options that may differ when a run is resumed: they say where and how fast it runs, not what it computes.
+# Options that may differ when a run is resumed: they say where and how fast it runs, not what it computes. A teacher's
+# file may have been moved, and --init_from is not read again.
 FREE_ON_RESUME = frozenset(
     [
         "data_path",
@@ -289,11 +290,9 @@ def fill_in(args: argparse.Namespace, *, role: str) -> None:
     """Give what was left open the defaults of the dataset's family.
 
     Raises:
-        UsageError: There is no such dataset.
+        UsageError: There is no such data set.
     """
-    args.dataset = data.canonical(args.dataset)
-    if args.dataset not in DEFAULTS:
-        raise UsageError(f"--dataset must be one of {', '.join(DEFAULTS)}; got {args.dataset!r}.")
+    args.dataset = dataset_of(args.dataset)
     defaults = DEFAULTS[args.dataset][role == "student"]
     renamed = {"student": ("stu_arch",), "batch_size": ("train_batch_size", "val_batch_size")}
     renamed["teacher"] = ("tea_arch",) if role == "student" else ("arch",)
@@ -301,6 +300,19 @@ def fill_in(args: argparse.Namespace, *, role: str) -> None:
         for name in renamed.get(key, (key,)):
             if getattr(args, name, value) is None:
                 setattr(args, name, value)
+
+
+def dataset_of(name: str) -> str:
+    """The data set that --dataset names.
+
+    Raises:
+        UsageError: There is no such data set.
+    """
+    try:
+        return data.canonical(name)
+    except ValueError as error:
+        sentence = f"--dataset {error}"
+        raise UsageError(sentence if sentence.endswith("?") else f"{sentence}.") from None
 
 
 def potential(text: str | float | None) -> float | None:
@@ -345,8 +357,8 @@ def _check_shared(args: argparse.Namespace) -> None:
             f"got {args.train_batch_size}."
         )
     saving(args.save_every)
-    if args.init_from is not None:  # the same file, wherever the run is resumed from
-        args.init_from = str(checkpoint.best_of(args.init_from).resolve())
+    if args.init_from is not None:  # the same in whatever folder the run is resumed
+        args.init_from = os.path.abspath(args.init_from)
     try:
         torch.zeros(1, device=args.device).cpu()
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError here

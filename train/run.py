@@ -19,7 +19,7 @@ from seal_fast.train.folder import Run
 from seal_fast.train.keeper import Keeper
 from seal_fast.train.log import Log, line_of, row_of
 from seal_fast.train.meters import Meters
-from seal_fast.train.networks import start_from
+from seal_fast.train.networks import load_start
 from seal_fast.train.options import as_published, kernels_of, resolve, saving, smallest_part
 from seal_fast.train.state import State, require_finite
 from seal_fast.train.step import GraphedStep, Step
@@ -113,6 +113,8 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
     """
     device = torch.device(args.device)
     task.network.to(device, memory_format=torch.contiguous_format if as_published(args) else torch.channels_last)
+    if args.init_from is not None and run.resumed is None:
+        load_start(task.network, args)
     task.parallel = ranks.parallel(task.network)
     signals = Signals()
     train_loader, val_loader = loaders_of(splits, args, signals)
@@ -124,11 +126,11 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = State(task.network, optimizer, scheduler, scaler)
     if run.resumed:
-        state.load(ranks.from_first(run.load, functools.partial(state.check, args=args)))
+        content = ranks.from_first(run.load, functools.partial(state.check, args=args))
+        state.load(content)
+        _keep_start(args, content["options"].get("init_from"), run)
         if state.epoch >= args.num_epoch:
             raise UsageError(f"--resume: the run in {run.folder} has already finished its {args.num_epoch} epochs.")
-    elif args.init_from is not None:
-        start_from(task.network, args)
     packed = getattr(args, "packed_spikes", False)
     kind = GraphedStep if args.cuda_graph else Step
     step = kind(task, optimizer, scaler, device=device, amp=args.amp, packed=packed)
@@ -178,6 +180,13 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
     best = state.best
     ranks.say(f"best accuracy {best['accuracy']:.2%} (epoch {best['epoch']}); everything is in {run.folder}")
     return {**best, "folder": run.folder}
+
+
+def _keep_start(args: argparse.Namespace, began_from: str | None, run: Run) -> None:
+    """Let a resumed run's options say where it began, whatever --init_from says when it is resumed."""
+    if args.init_from not in (None, began_from):
+        ranks.say(f"--init_from is not read: the run in {run.folder} began from {began_from or 'fresh weights'}.")
+    args.init_from = began_from
 
 
 def _keep_batch(error: NonFiniteError, run: Run, loader: DataLoader, epoch: int) -> None:

@@ -1,6 +1,6 @@
 """Initial weights against those of the published constructors: ends of each parameter exactly, and its spread.
 
-The ends of every parameter, in the order in which they are drawn, are equal only if all numbers before them are.
+The ends of every parameter are equal only where parameters are drawn in the published order, with as many numbers each.
 """
 
 import pytest

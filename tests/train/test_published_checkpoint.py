@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -89,7 +92,7 @@ def test_what_it_says_in_another_form_is_left_aside(value, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--dataset CIFAR10", "does not say which network it holds: name it with --dataset, and --stu_arch"),
+        ("--dataset CIFAR10", "does not say which network it holds: describe it with --dataset, and either --stu_arch"),
         ("--stu_arch resnet18", "does not say which network it holds: "),
         ("--stu_arch resnet18 --arch resnet18 --dataset CIFAR10", "does not say which network it holds: "),
         (
@@ -196,23 +199,76 @@ def test_fine_tuning_to_other_classes_starts_with_a_new_readout(role, tmp_path, 
 
 
 @pytest.mark.parametrize("resume", ["auto", "auto --run_name run", "{tmp}/run"])
-def test_a_resumed_run_needs_no_file_to_start_from(resume, student, cifar10_root, tmp_path, capsys, monkeypatch):
-    start = tmp_path / "start.pth"
+@pytest.mark.parametrize("source", ["start.pth", "source"])
+def test_a_resumed_run_needs_no_file_to_start_from(
+    source, resume, student, cifar10_root, tmp_path, capsys, monkeypatch
+):
+    start = tmp_path / ("source/best.pt" if source == "source" else source)
+    start.parent.mkdir(exist_ok=True)
     start.write_bytes(student.read_bytes())
-    words = f"--dataset CIFAR10 --data_path {cifar10_root} --log_path {tmp_path} --method ce --T 1 {STILL}"
     title = "distill-CIFAR10-resnet18-ce-1" if resume == "auto" else "run"
-    assert distill.main(f"{words} --run_name {title} --init_from {start}".split()) == 0
-    last = tmp_path / title / "last.pt"
-    content = torch.load(last, weights_only=True)
-    content["epoch"] = 0  # as if it had been stopped before its end
-    torch.save(content, last)
+    words = f"--dataset CIFAR10 --data_path {cifar10_root} --log_path {tmp_path} --method ce --T 1 {STILL}"
+    assert distill.main(f"{words} --run_name {title} --init_from {tmp_path}/{source}".split()) == 0
+    as_if_stopped(tmp_path / title)
     start.unlink()
+    if source == "source":
+        start.parent.rmdir()
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    assert distill.main(f"{words} --init_from start.pth --resume {resume.format(tmp=tmp_path)}".split()) == 0
+    assert distill.main(f"{words} --init_from {source} --resume {resume.format(tmp=tmp_path)}".split()) == 0
     output = capsys.readouterr().out
     assert "--init_from" not in output
     assert f"run folder {tmp_path}/{title}" in output
+
+
+def as_if_stopped(folder):
+    """Let a run of one epoch look as if it had been stopped before its first epoch ended."""
+    content = torch.load(folder / "last.pt", weights_only=True)
+    torch.save({**content, "epoch": 0}, folder / "last.pt")
+
+
+def test_a_resumed_run_began_where_it_began(student, cifar10_root, tmp_path, capsys):
+    words = f"--dataset CIFAR10 --data_path {cifar10_root} --log_path {tmp_path} --method ce --T 1 {STILL}"
+    folder = tmp_path / "distill-CIFAR10-resnet18-ce-1"
+    assert distill.main(f"{words} --run_name {folder.name} --init_from {student}".split()) == 0
+    for more, said in (
+        (f"--resume {folder}", ""),
+        (
+            f"--resume {folder} --init_from /other",
+            f"--init_from is not read: the run in {folder} began from {student}.",
+        ),
+        (f"--resume auto --init_from {student}", ""),
+    ):
+        as_if_stopped(folder)
+        capsys.readouterr()
+        assert distill.main(f"{words} {more}".split()) == 0
+        assert said in capsys.readouterr().out
+        assert json.loads((folder / "config.json").read_text())["options"]["init_from"] == str(student)
+        for name in ("best.pt", "last.pt"):
+            assert torch.load(folder / name, weights_only=True)["options"]["init_from"] == str(student)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_several_ranks_start_from_the_weights_that_the_first_one_reads(student, cifar10_root, tmp_path):
+    """Ranks that read other files would train other networks, without a word."""
+    start = tmp_path / "start0.pth"
+    start.write_bytes(student.read_bytes())
+    words = (
+        f"--dataset CIFAR10 --data_path {cifar10_root} --log_path {tmp_path} --run_name two --method ce --T 1 {STILL}"
+    )
+    # A copy of the file on each rank's machine, but for the second's.
+    command = [f"import os, sys; from seal_fast.train import distill; arguments = {words.split()!r}"]
+    command += [f"start = {str(tmp_path)!r} + '/start' + os.environ['RANK'] + '.pth'"]
+    command += ["sys.exit(distill.main([*arguments, '--init_from', start]))"]
+    (tmp_path / "rank.py").write_text("; ".join(command))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*launch, str(tmp_path / "rank.py")], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    expected = parameters_of(filled_student("resnet18", torch.float32, num_classes=10))
+    assert equal(parameters_after(tmp_path / "two", expected), expected)
 
 
 def test_auto_does_not_resume_a_run_from_another_start(student, cifar10_root, tmp_path):

@@ -25,8 +25,18 @@ _OTHER_NAMES = {"CIFAR10_DVS": "CIFAR10_DVS_SJ"}  # under which the published sc
 
 
 def canonical(name: str) -> str:
-    """The name in `DATASETS` of a dataset that has another one, too; every other name as it is."""
-    return _OTHER_NAMES.get(str(name), name)
+    """The name in `DATASETS` of a dataset, which may be given by another name that it has.
+
+    Raises:
+        ValueError: there is no such dataset.
+    """
+    name = _OTHER_NAMES.get(str(name), name)
+    if name not in DATASETS:
+        by_lower_case = {known.lower(): known for known in (*DATASETS, *_OTHER_NAMES)}
+        close = difflib.get_close_matches(str(name).lower(), by_lower_case, n=1)
+        hint = f"; did you mean {by_lower_case[close[0]]}?" if close else ""
+        raise ValueError(f"must be one of {', '.join(DATASETS)}; got {name!r}{hint}")
+    return name
 
 
 def load(
@@ -55,12 +65,10 @@ def load(
         ValueError: an argument is none of the above.
         DataError: the data is missing, incomplete or corrupt.
     """
-    name = canonical(name)
-    if name not in DATASETS:
-        by_lower_case = {known.lower(): known for known in DATASETS}
-        close = difflib.get_close_matches(str(name).lower(), by_lower_case, n=1)
-        hint = f"; did you mean {by_lower_case[close[0]]}?" if close else ""
-        raise ValueError(f"name must be one of {', '.join(DATASETS)}, not {name!r}{hint}")
+    try:
+        name = canonical(name)
+    except ValueError as error:
+        raise ValueError(f"name {error}") from None
     if role not in ("teacher", "student"):
         raise ValueError(f"role must be 'teacher' or 'student', not {role!r}")
     if root is None and name == "DIGITS_DVS":

@@ -167,7 +167,7 @@ POLICIES = {
 class AutoAugment:
     """One pair of operations, each of them with its probability, on a PIL image, RGB or L.
 
-    All random numbers come from one call of torch's global generator.
+    All random numbers come from one `torch.rand`, and so from torch's global generator.
 
     Args:
         policy: "CIFAR" or "ImageNet": a table of pairs, each as likely.

@@ -1,4 +1,4 @@
-"""The published augmentation of each dataset.
+"""The augmentation of each dataset: the published one, where the published code runs on it.
 
 Every random number comes from torch's global generator, which `seal_fast.train.batches` seeds anew for each sample.
 """
@@ -52,7 +52,9 @@ _IMAGES = {
         _crop_resized,
         _crop_centre,
     ),
-    "MNIST": _Images((0.1307,), (0.3081,), "CIFAR", 16, (), list, list),  # a mirrored digit is another sign
+    # None by default, as a mirrored or cut digit is another sign; the published code, whose networks take three
+    # channels, would stop at its first batch.
+    "MNIST": _Images((0.1307,), (0.3081,), "CIFAR", 16, (), list, list),
 }
 
 
@@ -160,8 +162,8 @@ def image_transforms(
 
     Args:
         name: "CIFAR10", "CIFAR100", "imagenet" or "MNIST".
-        role: "student" has AutoAugment and cutout but for MNIST, "teacher" for imagenet only; the rest is crop and flip
-            alone, for MNIST nothing.
+        role: "student" or "teacher". AutoAugment and cutout are for both with imagenet, and for the student with CIFAR;
+            crop and flip are for both with all but MNIST, whose images stay as they are.
         auto_aug: overrides the role's choice unless None.
         cutout: overrides the role's choice unless None.
     """
