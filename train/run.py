@@ -142,10 +142,10 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
         ranks.from_first(run.save, content)
 
     ranks.from_first(run.begin, args)
-    _announce(args, splits, run, state, batches)
     steps, seconds = saving(args.save_every)
     with contextlib.ExitStack() as open_until_the_end:
         open_until_the_end.enter_context(signals)
+        _announce(args, splits, run, state, batches)  # whoever reads this may send one
         keeper = Keeper(save, signals, steps=steps, seconds=seconds)
         log = open_until_the_end.enter_context(Log(run.folder, state.epoch + 1))
         while state.epoch < args.num_epoch:
