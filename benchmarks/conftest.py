@@ -118,6 +118,7 @@ def timed(request, benchmark, report):
                 _no_figures(report, section, group, shown or contestant, measure.Failure(*failed[name]))
         names = [name for name in runs[0] if all(name in times for times in runs)]
         if contestant not in names:
+            # A ratio is taken within each process, so that one which lacks a contestant leaves nothing to compare.
             pytest.skip("not every run of the pool has timed it")
         raced = {name: [seconds for times in runs for seconds in times[name]] for name in names}
         measure.readings = itertools.chain.from_iterable((0.0, seconds) for seconds in raced[contestant])
@@ -135,6 +136,7 @@ def _no_figures(report, section: str, group: str, contestant: str, failure: meas
     """End the test of a contestant that raised, and say so in the table."""
     if failure.out_of_memory:
         report(section, group, f"  {contestant:28s} has no figures: the GPU has too little memory")
+        # A size for larger GPUs says nothing about the code.
         pytest.skip("the GPU has too little memory")
     report(section, group, f"  {contestant:28s} failed: {failure.line()}")
     pytest.fail(f"{failure.reason}\n\n{failure.trace}", pytrace=False)

@@ -108,7 +108,7 @@ def best_of(path: str | Path) -> Path:
 
 
 def weights_of(content: dict) -> object:
-    """What a checkpoint says are a network's weights: those of its best epoch, the last ones, or all that it holds.
+    """The network's weights in a checkpoint: under "best_net", under "net" (last.pt), or the checkpoint itself.
 
     DataParallel and DistributedDataParallel put every module under the name "module".
     """
@@ -196,7 +196,7 @@ def _is_state_dict(state: object) -> bool:
 
 
 def _instead(state: object, role: str, arch: str, flag: str) -> str:
-    """Of which network weights are that should be of another, in words; empty where they are of none that is known."""
+    """Names the known network that the weights belong to; empty if there is none, or if it is the one asked for."""
     matrices = matrices_of(state)
     if not matrices or matrices[-1].shape[0] < 2 or matrices[0].shape[1] < 1:
         return ""

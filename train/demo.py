@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from seal_fast.train import distill, teacher
+from seal_fast.train.checks import resolve
 from seal_fast.train.command import command
-from seal_fast.train.options import Parser, distill_parser, resolve, teacher_parser
+from seal_fast.train.options import Parser, distill_parser, teacher_parser
 
 STUDENTS = {"labels only": "ce", "uniform kd": "kd", "seal": "seal"}
 

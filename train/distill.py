@@ -14,10 +14,11 @@ import torch
 from seal_fast.models import folded
 from seal_fast.train import ranks
 from seal_fast.train.checkpoint import load_teacher
+from seal_fast.train.checks import as_published, kernels_of
 from seal_fast.train.command import command
 from seal_fast.train.folder import Run
 from seal_fast.train.networks import network_of, stem_of
-from seal_fast.train.options import as_published, distill_parser, kernels_of
+from seal_fast.train.options import distill_parser
 from seal_fast.train.run import prepare, splits_of, train
 from seal_fast.train.step import AMP_DTYPES
 from seal_fast.train.tasks import DistillTask

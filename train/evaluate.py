@@ -17,12 +17,13 @@ import torch
 from seal_fast.backends import BACKENDS
 from seal_fast.models import STUDENTS, TEACHERS
 from seal_fast.train import checkpoint, data, ranks
+from seal_fast.train.checks import as_published, kernels_of, smallest_part
 from seal_fast.train.command import command
 from seal_fast.train.engine import evaluate
 from seal_fast.train.errors import UsageError
 from seal_fast.train.feed import Feed
 from seal_fast.train.networks import Trained, arch_of
-from seal_fast.train.options import AMP, Parser, as_published, kernels_of, smallest_part
+from seal_fast.train.options import AMP, Parser
 from seal_fast.train.run import prepare, splits_of, val_loader_of
 from seal_fast.train.tasks import DistillTask, TeacherTask
 

@@ -11,8 +11,10 @@ from torch import nn
 from seal_fast.models import student, teacher
 from seal_fast.models.ann import WITHOUT_STEMS
 from seal_fast.train import checkpoint, ranks
+from seal_fast.train.checks import potential
+from seal_fast.train.defaults import dataset_of, fill_in
 from seal_fast.train.errors import UsageError
-from seal_fast.train.options import dataset_of, distill_parser, fill_in, potential, teacher_parser
+from seal_fast.train.options import distill_parser, teacher_parser
 from seal_fast.train.tasks import tau_of
 
 
@@ -62,7 +64,7 @@ def load_start(network: nn.Module, args: argparse.Namespace) -> None:
 
 
 def _asked(role: str, arch: str) -> dict[str, str]:
-    """What a checkpoint should hold, as `checkpoint.load_into` takes it."""
+    """The network that is asked for, as `checkpoint.load_into` takes it."""
     return {"role": role, "arch": arch, "flag": "--stu_arch" if role == "student" else "--arch"}
 
 

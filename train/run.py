@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from seal_fast import reuse_freed_memory
 from seal_fast.train import checkpoint, data, ranks
 from seal_fast.train.batches import Batches, Seeded
+from seal_fast.train.checks import as_published, kernels_of, resolve, saving, smallest_part
 from seal_fast.train.engine import SKIPS, evaluate, train_epoch
 from seal_fast.train.errors import NonFiniteError, TrainingError, UsageError
 from seal_fast.train.feed import Feed
@@ -20,7 +21,6 @@ from seal_fast.train.keeper import Keeper
 from seal_fast.train.log import Log, line_of, row_of
 from seal_fast.train.meters import Meters
 from seal_fast.train.networks import load_start
-from seal_fast.train.options import as_published, kernels_of, resolve, saving, smallest_part
 from seal_fast.train.state import State, require_finite
 from seal_fast.train.step import GraphedStep, Step
 from seal_fast.train.stopping import Signals, leave_to_trainer
@@ -145,7 +145,8 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
     steps, seconds = saving(args.save_every)
     with contextlib.ExitStack() as open_until_the_end:
         open_until_the_end.enter_context(signals)
-        _announce(args, splits, run, state, batches)  # whoever reads this may send one
+        # Signals are handled by now: one may come in answer to this.
+        _announce(args, splits, run, state, batches)
         keeper = Keeper(save, signals, steps=steps, seconds=seconds)
         log = open_until_the_end.enter_context(Log(run.folder, state.epoch + 1))
         while state.epoch < args.num_epoch:

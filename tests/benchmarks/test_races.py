@@ -153,6 +153,7 @@ def test_steps_parts_and_studies_go_on_as_well(race):
 
 def test_a_peer_that_cannot_be_imported_is_a_contestant_that_raises(monkeypatch):
     if not peers.has_spikingjelly():
+        # A peer that is absent is no contestant at all, so none could raise.
         pytest.skip("spikingjelly is not installed")
     monkeypatch.setitem(sys.modules, "spikingjelly.activation_based", None)
     contestants = peers.lif(torch.device("cpu"), {"tau": 2.0, "decay_input": False, "surrogate": "sigmoid"})

@@ -13,7 +13,8 @@ import torch
 import makers
 from seal_fast.backends import available
 from seal_fast.train import distill, teacher
-from seal_fast.train.options import distill_parser, resolve, teacher_parser
+from seal_fast.train.checks import resolve
+from seal_fast.train.options import distill_parser, teacher_parser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -13,8 +13,8 @@ import seal_fast.train
 from seal_fast.models import STUDENTS, TEACHERS, student, teacher
 from seal_fast.train import distill, evaluate
 from seal_fast.train import teacher as teacher_trainer
+from seal_fast.train.checks import resolve
 from seal_fast.train.networks import Trained
-from seal_fast.train.options import resolve
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import makers
 from seal_fast.backends import _MISSING, _resolve_once
 from seal_fast.models import student
-from seal_fast.train import data, distill, folder, options, plots, run
+from seal_fast.train import checks, data, defaults, distill, folder, options, plots, run
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_auto_resumes_the_named_run_or_one_with_the_same_options_or_none(labels_
         return folders.pop()
 
     args = options.distill_parser().parse_args(f"{labels_only} --log_path {tmp_path}".split())
-    saved = vars(options.resolve(args, role="student"))
+    saved = vars(checks.resolve(args, role="student"))
     for name in ("distill-CIFAR10-resnet18-ce-1", "mine"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "last.pt").touch()
@@ -195,7 +195,7 @@ def test_the_loss_runs_on_kernels_that_take_so_many_time_steps(T, installed, cho
         monkeypatch.setitem(_MISSING, name, "" if name == installed else "it is not installed")
     _resolve_once.cache_clear()
     try:
-        found = options.kernels_of(Namespace(device="cuda", backend="auto", T=T))
+        found = checks.kernels_of(Namespace(device="cuda", backend="auto", T=T))
     finally:
         _resolve_once.cache_clear()
     assert found == {"lif": installed, "bn_lif": installed, "seal_loss": chosen}
@@ -203,7 +203,7 @@ def test_the_loss_runs_on_kernels_that_take_so_many_time_steps(T, installed, cho
 
 def test_last_batch_of_one_is_left_out(tmp_path):
     # 1,437 = 4·359 + 1
-    args = options.resolve(
+    args = checks.resolve(
         options.teacher_parser().parse_args(["--dataset", "DIGITS", "--train_batch_size", "359"]), role="teacher"
     )
     train, val = run.loaders_of(run.splits_of(args, "teacher"), args)
@@ -213,20 +213,20 @@ def test_last_batch_of_one_is_left_out(tmp_path):
 
 def test_defaults_that_no_published_command_says():
     words = "--dataset CIFAR10 --method ce"
-    args = options.resolve(options.distill_parser().parse_args(words.split()), role="student")
+    args = checks.resolve(options.distill_parser().parse_args(words.split()), role="student")
     assert (args.seed, args.temperature, args.thresh, args.v_reset, args.detach_reset) == (60, 3.0, 1.0, 0.0, False)
     assert (args.optim, args.scheduler) == ("SGDM", "COSINE")
-    events = options.resolve(options.teacher_parser().parse_args(["--dataset", "CIFAR10_DVS"]), role="teacher")
+    events = checks.resolve(options.teacher_parser().parse_args(["--dataset", "CIFAR10_DVS"]), role="teacher")
     assert (events.dataset, events.train_batch_size, events.val_batch_size) == ("CIFAR10_DVS_SJ", 128, 128)
 
 
 def test_every_dataset_has_defaults():
-    assert set(options.DEFAULTS) == set(data.DATASETS)
+    assert set(defaults.DEFAULTS) == set(data.DATASETS)
 
 
 def test_soft_reset_and_detached_reset():
     words = "--dataset CIFAR10_DVS_SJ --method ce --v_reset none --detach_reset"
-    args = options.resolve(options.distill_parser().parse_args(words.split()), role="student")
+    args = checks.resolve(options.distill_parser().parse_args(words.split()), role="student")
     assert (args.v_reset, args.detach_reset) == (None, True)
 
 

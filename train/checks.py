@@ -1,0 +1,188 @@
+"""A run's options, completed and checked before anything starts, and what follows from them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+
+import torch
+
+from seal_fast.backends import available
+from seal_fast.backends import resolve as resolve_backend
+from seal_fast.train import checkpoint, ranks
+from seal_fast.train.defaults import fill_in
+from seal_fast.train.errors import UsageError
+from seal_fast.train.tasks import tau_of
+
+
+def resolve(args: argparse.Namespace, *, role: str) -> argparse.Namespace:
+    """Fill in the defaults of the dataset's family and check every value.
+
+    Args:
+        args: Parsed options.
+        role: "teacher" or "student".
+
+    Raises:
+        UsageError: A value is out of range, or something that it names does not exist.
+    """
+    for flag in vars(args).pop("without_effect", ()):
+        ranks.say(f"{flag} has no effect, as in the published scripts.")
+    fill_in(args, role=role)
+    if args.num_workers is None:
+        args.num_workers = 0 if args.dataset == "DIGITS" else min(8, _processors())
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = ranks.own_device(args.device)
+    _check_shared(args)
+    if args.amp == "auto":
+        args.amp = _default_amp(torch.device(args.device))
+    if args.cuda_graph:
+        _check_graph(args)
+    if role == "student":
+        _check_student(args)
+    return args
+
+
+def potential(text: str | float | None) -> float | None:
+    """What --v_reset says: the potential after a spike, or None for soft reset.
+
+    Raises:
+        UsageError: It says something else.
+    """
+    if str(text).lower() == "none":
+        return None
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        raise UsageError(f"--v_reset must be a number, or none for soft reset; got {text!r}.") from None
+    _require("--v_reset", value)
+    return value
+
+
+def _processors() -> int:
+    """Processors that this process may use; not every system can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_shared(args: argparse.Namespace) -> None:
+    _require("--T", args.T, at_least=1)
+    _require("--num_epoch", args.num_epoch, at_least=1)
+    _require("--val_batch_size", args.val_batch_size, at_least=1)
+    _require("--num_workers", args.num_workers, at_least=0)
+    _require("--lr", args.lr, above=0)
+    _require("--wd", args.wd, at_least=0)
+    if not 0 <= args.seed < 2**32:
+        raise UsageError(f"--seed must be at least 0 and below 2^32; got {args.seed}.")
+    if args.train_batch_size < 2:
+        raise UsageError(
+            "--train_batch_size must be at least 2, because batch norm estimates a variance over the batch; "
+            f"got {args.train_batch_size}."
+        )
+    _require("--accumulate", args.accumulate, at_least=1)
+    if args.train_batch_size < args.accumulate * smallest_part():
+        raise UsageError(
+            f"--train_batch_size must be at least {smallest_part()} for each of the {args.accumulate} parts of a step; "
+            f"got {args.train_batch_size}."
+        )
+    saving(args.save_every)
+    if args.init_from is not None:  # the same in whatever folder the run is resumed
+        args.init_from = os.path.abspath(args.init_from)
+    try:
+        torch.zeros(1, device=args.device).cpu()
+    except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError here
+        reason = str(error).strip().splitlines()[0][:120]
+        raise UsageError(f"--device {args.device!r} cannot be used: {reason}") from error
+
+
+def _check_graph(args: argparse.Namespace) -> None:
+    if torch.device(args.device).type != "cuda":
+        raise UsageError(f"--cuda_graph needs a CUDA GPU; --device is {args.device}.")
+    if args.amp == "fp16":
+        raise UsageError("--cuda_graph cannot skip the steps that --amp fp16 must skip; use --amp bf16.")
+    if args.accumulate > 1 or ranks.size() > 1:
+        raise UsageError("--cuda_graph captures a step of one process in one part; leave it out, or --accumulate.")
+
+
+def smallest_part() -> int:
+    """Images that a part of a step needs: two, of which batch norm can estimate a variance, and one on each rank."""
+    return max(2, ranks.size())
+
+
+def saving(text: str) -> tuple[int, float]:
+    """What --save_every says: every so many steps, or seconds; 0 for never.
+
+    Raises:
+        UsageError: It says something else.
+    """
+    try:
+        steps, seconds = (0, 60 * float(text[:-1])) if text.endswith("m") else (int(text), 0.0)
+    except ValueError:
+        steps, seconds = -1, 0.0
+    if steps < 0 or not 0 <= seconds < math.inf:
+        raise UsageError(f"--save_every must be a number of steps, or of minutes as in 10m; got {text!r}.")
+    return steps, seconds
+
+
+def _check_student(args: argparse.Namespace) -> None:
+    if vars(args).pop("loss_method", args.method) != args.method:
+        raise UsageError(f"--loss_method seal contradicts --method {args.method}; leave one of them out.")
+    try:
+        tau_of(args.decay)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+    args.v_reset = potential(args.v_reset)
+    _require("--thresh", args.thresh)
+    _require("--alpha", args.alpha, at_least=0)
+    _require("--beta", args.beta, at_least=0)
+    _require("--temperature", args.temperature, above=0)
+    try:
+        kernels_of(args)
+    except ValueError as error:
+        raise UsageError(f"--backend: {error}") from error
+    if args.method == "ce":
+        return
+    if args.tea_path is None:
+        raise UsageError(
+            f"--tea_path is needed: --method {args.method} learns from a teacher (train one with teacher.py)."
+        )
+    path = checkpoint.best_of(args.tea_path)
+    if not path.is_file():
+        raise UsageError(f"--tea_path: there is no teacher checkpoint at {path}.")
+    args.tea_path = str(path)
+
+
+def _default_amp(device: torch.device) -> str:
+    """What `--amp auto` stands for: "bf16" where the hardware multiplies it faster than float32, else "off"."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "off"
+    if device.type == "cpu":
+        checks = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+        return "bf16" if any(getattr(torch.cpu, check, bool)() for check in checks) else "off"
+    return "off"
+
+
+def as_published(args: argparse.Namespace) -> bool:
+    """Whether the run computes as the published code does, up to rounding: in torch, float32 and its default layout."""
+    return args.amp == "off" and getattr(args, "backend", None) == "torch"
+
+
+def kernels_of(args: argparse.Namespace) -> dict[str, str]:
+    """Operator -> backend of the kernels that a student's run uses; the loss has fewer backends than the neurons.
+
+    Raises:
+        ValueError: The backend that the options name cannot run one of them.
+    """
+    device = torch.device(args.device)
+    chosen = {operator: resolve_backend(args.backend, operator, device) for operator in ("lif", "bn_lif")}
+    loss = args.backend if args.backend in ("auto", *available("seal_loss")) else "auto"
+    return {**chosen, "seal_loss": resolve_backend(loss, "seal_loss", device, time_steps=args.T)}
+
+
+def _require(flag: str, value: float, *, at_least: float | None = None, above: float | None = None) -> None:
+    if at_least is not None and not value >= at_least:
+        raise UsageError(f"{flag} must be at least {at_least}; got {value}.")
+    if above is not None and not value > above:
+        raise UsageError(f"{flag} must be above {above}; got {value}.")
+    if not math.isfinite(value):
+        raise UsageError(f"{flag} must be a finite number; got {value}.")
