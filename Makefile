@@ -35,7 +35,7 @@ long: $(VENV)/.test
 # and the like: see benchmarks/gpu/__main__.py.
 gpu:
 	@echo "==> What a GPU is asked: errors, tests, times, training steps, compute-sanitizer; nine minutes."
-	PYTHONPATH=benchmarks $(PYTHON) -m gpu $(ARGUMENTS)
+	PYTHONPATH=benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m gpu $(ARGUMENTS)
 
 # Without a GPU, for one where time is short: with the versions of torch, Triton and CuPy that its machine has.
 gpu-kernels:

@@ -30,6 +30,23 @@ def lif(device: torch.device, options: dict) -> dict[str, Callable[[torch.Tensor
     return found
 
 
+def bn_lif(
+    device: torch.device, options: dict, channels: int, time_steps: int
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Name -> function from y [T·B, C, H, W] to spikes of the same shape, in training; ours first."""
+    found = {}
+    for name in ("triton", "cupy", "cpu"):
+        if _runs("bn_lif", name, device):
+            bn, node = nn.BatchNorm2d(channels, device=device), seal_fast.nn.LIFNode(backend=name, **options)
+            found[f"seal-fast {name}"] = functools.partial(seal_fast.bn_lif, bn=bn, lif=node, time_steps=time_steps)
+    neurons = {"torch loop": functools.partial(loop, options), **_spikingjelly(device, options)}
+    for name, run in neurons.items():
+        layer = nn.Sequential(nn.BatchNorm2d(channels, device=device), _Rows(run, time_steps, False))
+        found[f"torch batch norm + {name}"] = layer
+    found["torch.compile of batch norm and loop"] = torch.compile(found["torch batch norm + torch loop"], dynamic=False)
+    return found
+
+
 def seal_loss(device: torch.device, weights: dict) -> dict[str, Callable[..., torch.Tensor]]:
     """Name -> function from logits, teacher logits and labels to the loss; ours first."""
     found = {}

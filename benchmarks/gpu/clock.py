@@ -1,12 +1,14 @@
-"""Time on the GPU by events, and what the host takes to launch it."""
+"""Time on the GPU by events, what the host takes to launch it, and which kernels ran."""
 
 from __future__ import annotations
 
+import collections
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from torch.autograd import DeviceType
 
 from gpu import record
 
@@ -27,6 +29,27 @@ def operator(run: Callable[[], object], seconds: float = 0.2) -> dict[str, float
 def step(run: Callable[[], object], seconds: float = 1.0) -> dict[str, float]:
     """Milliseconds of `run` as its caller sees them, on a GPU that waits for the host; and the host's own."""
     return _timed(run, seconds, 1, asleep=False)
+
+
+def kernels(run: Callable[[], object], calls: int = 5, most: int = 30) -> list[tuple[str, float, float]]:
+    """What the GPU runs for a call of `run`, by the profiler, which slows down what its process times afterwards.
+
+    Returns:
+        The `most` kernels that take longest: name, how often a call launches it, and the microseconds of all of these.
+    """
+    for _ in range(WARM_UP):
+        run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for event in profile.events():
+        if event.device_type == DeviceType.CUDA:
+            found[event.name].append(event.time_range.elapsed_us())
+    rows = [(name[:120], len(times) / calls, round(sum(times) / calls, 1)) for name, times in found.items()]
+    return sorted(rows, key=lambda row: -row[2])[:most]
 
 
 def _timed(run, seconds: float, launches: int, *, asleep: bool) -> dict[str, float]:

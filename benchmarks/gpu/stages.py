@@ -68,19 +68,24 @@ def all_stages(*, rehearse: bool = False) -> dict[str, Stage]:
     module = _faked if rehearse else _module
     each = [(operator, backend) for operator in OPERATORS for backend in BACKENDS]
     steps = [(contestant, amp) for amp in ("bf16", "off") for contestant in ("triton", "floor", "cupy")]
+    tuned = [(operator, backend) for operator in OPERATORS[:2] for backend in BACKENDS]
+    steps += [] if rehearse else [("profile", "bf16")]
+    peers = ("lif", "bn_lif", "seal_loss", "training")
     gpu_tests = sorted(str(path) for path in (ROOT / "tests" / "kernels").glob("*_gpu.py"))
     stages = {
         "machine": Stage(40, (module("gpu.machine"),)),
         "smoke": Stage(80, tuple(module("gpu.smoke", *job) for job in each), processors),
         "tests": Stage(120, (_pytest("tests", gpu_tests, processors, rehearse),)),
-        "times": Stage(110, tuple(module("gpu.times", *job) for job in each)),
+        "times": Stage(120, tuple(module("gpu.times", *job) for job in each)),
         "steps": Stage(140, tuple(module("gpu.training_steps", *job) for job in steps)),
-        "values": Stage(130, (_pytest("values", _value_tests(), processors, rehearse),)),
+        "peers": Stage(110, tuple(module("gpu.peers", name) for name in peers)),
+        "tuning": Stage(90, tuple(module("gpu.times", *job, "candidates") for job in tuned)),
         "sanitizer": Stage(120, tuple(_sanitized(module, rehearse)), max(2, processors // 3)),
+        "values": Stage(130, (_pytest("values", _value_tests(), processors, rehearse),)),
+        "compiled": Stage(120, tuple(module("gpu.peers", name, "compiled") for name in peers)),
     }
-    if not rehearse:  # they start no kernel of this library that is not started before
-        peers = ("lif", "seal_loss", "training")
-        stages["peers"] = Stage(150, tuple(module("gpu.peers", name) for name in peers))
+    if rehearse:  # these start no kernel of this library that is not started before
+        del stages["peers"], stages["compiled"]
     return stages
 
 

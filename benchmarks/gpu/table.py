@@ -15,7 +15,7 @@ SHORTER = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "contiguous_f
 
 def text(entries: list[dict]) -> str:
     """The table of a run's entries."""
-    parts = [_machine, _smoke, _tests, _times, _steps, _peers, _jobs]
+    parts = [_machine, _smoke, _tests, _times, _steps, _peers, _jobs, _kernels]
     whole = "\n".join(line[:240] for part in parts for line in part(entries))
     for name, shorter in SHORTER.items():
         whole = whole.replace(name, shorter)
@@ -23,8 +23,8 @@ def text(entries: list[dict]) -> str:
 
 
 def short(entries: list[dict]) -> str:
-    """The table in at most MOST characters: without tuning candidates, and cut in the middle if that is not enough."""
-    whole = text([entry for entry in entries if "candidate" not in entry])
+    """The table in at most MOST characters: without candidates and profiles, and cut in the middle if it must be."""
+    whole = text([entry for entry in entries if "candidate" not in entry and "profiled" not in entry])
     whole = re.sub(" {3,}", "  ", whole)
     return whole if len(whole) <= MOST else whole[: MOST // 2] + "\n[... see table.txt]\n" + whole[-MOST // 2 :]
 
@@ -69,14 +69,21 @@ def _tests(entries):
             yield f"         {entry['test'].rpartition('/')[2]}: {entry['failed'][:110]}"
 
 
+def _case(entry, *more):
+    facts = ("operator", "backend", "contestant", "precision", "dtype", "layout", "shape", *more)
+    return " ".join(_shown(entry[fact]) for fact in facts if fact in entry) + (
+        " + residual" if entry.get("residual") else ""
+    )
+
+
 def _times(entries):
     for entry in _of(entries, "times"):
-        facts = ("operator", "backend", "dtype", "layout", "shape", "candidate")
-        name = " ".join(_shown(entry[fact]) for fact in facts if fact in entry)
-        name += " + residual" if entry.get("residual") else ""
+        if "profiled" in entry:
+            continue
+        name = _case(entry, "candidate")
         figures = [f"{entry['copy_TB_s']:.2f} TB/s"] if "copy_TB_s" in entry else []
         for key, value in entry.items():
-            if key.endswith("_ms") and not key.endswith(("best_ms", "host_ms")):
+            if key.endswith("_ms") and not key.endswith(("best_ms", "host_ms", "wall_ms")):
                 call = key.removesuffix("_ms")
                 rate, host = entry.get(f"{call}_TB_s"), entry.get(f"{call}_host_ms", 0)
                 speed = f" {rate:.2f} TB/s" if rate else ""
@@ -86,6 +93,8 @@ def _times(entries):
 
 def _steps(entries):
     for entry in _of(entries, "steps"):
+        if "profiled" in entry:
+            continue
         name = f"{entry['contestant']} {entry['precision']}"
         name += "".join(f", {flag}" for flag in ("graph", "packed") if entry.get(flag))
         yield f"step     {name:40s} {_step(entry)}"
@@ -93,13 +102,31 @@ def _steps(entries):
 
 def _peers(entries):
     for entry in _of(entries, "peers"):
-        facts = ("operator", "contestant", "dtype", "shape")
-        name = " ".join(_shown(entry[fact]) for fact in facts if fact in entry)
-        yield f"peers    {name:66s} {_step(entry)}"
+        yield f"peers    {_case(entry):66s} {_step(entry)}"
+
+
+def _kernels(entries):
+    for entry in entries:
+        for key in [key for key in entry if key.endswith("_kernels")]:
+            shown = [f"{time:.1f} us {count:g} x {_kernel(name)}" for name, count, time in entry[key][:8]]
+            yield f"kernels  {_case(entry)} {key.removesuffix('_kernels')}: {', '.join(shown)}"
+        if "profiled" in entry and "failed" in entry:
+            yield f"kernels  {_case(entry)} {_failed(_reasons(entry))}"
+
+
+def _kernel(name):
+    return re.sub(r"^void |[<(].*", "", name)[:40]
 
 
 def _step(entry):
-    units = {"ms": "ms", "host_ms": "ms host", "images_s": "images/s", "peak_MiB": "MiB", "last_loss": "loss"}
+    units = {
+        "ms": "ms",
+        "host_ms": "ms host",
+        "wall_ms": "ms wall",
+        "images_s": "images/s",
+        "peak_MiB": "MiB",
+        "last_loss": "loss",
+    }
     figures = [f"{entry[name]:.4g} {unit}" for name, unit in units.items() if name in entry]
     return "  ".join(figures) + _failed(_reasons(entry))
 

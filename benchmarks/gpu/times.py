@@ -1,8 +1,10 @@
 """How long each operator's kernels take on large tensors, beside a copy of as many bytes.
 
-    python -m gpu.times OPERATOR BACKEND
+    python -m gpu.times OPERATOR BACKEND                as the library is
+    python -m gpu.times OPERATOR BACKEND candidates     with other values of tuned constants
 
-`forward_TB_s` and the like are the bytes that the kernels of the call read and write, over the time that it takes.
+`forward_TB_s` and the like are the bytes that the kernels of the call read and write, over the time that it takes, and
+`forward_wall_ms` is what a caller sees who waits for each call. The profiler then tells the kernels of each call apart.
 """
 
 from __future__ import annotations
@@ -21,16 +23,26 @@ from gpu.machine import copy_bandwidth
 
 F32, BF16 = torch.float32, torch.bfloat16
 OPTIONS = {"decay_input": False}
+SECONDS = 0.1  # for each figure
 # [T, B, C, H, W], several times the 50 or 60 MB of a Hopper GPU's L2 cache in 16 bits, too.
 SHAPE = (4, 2 if record.rehearsing() else 256, 64, 32, 32)
 # backend -> constants of kernels/ that were tuned by counting alone: module, name, other values
 CANDIDATES: dict[str, list[tuple[str, str, tuple]]] = {
     "triton": [
+        ("lif.triton", "THREADS", (256,)),
+        ("lif.triton", "KEPT", (128,)),
         ("bn_lif.triton", "NEIGHBOURS_16_BIT", (4,)),
         ("bn_lif.triton", "STAGES", (1, 2, 4)),
-        ("bn_lif.triton_tiles", "PROGRAMS", (264, 528)),
+        ("bn_lif.triton", "THREADS", (64, 256)),
+        ("bn_lif.triton_statistics", "AT_ONCE", (8, 32)),
+        ("bn_lif.triton_statistics", "STAGES", (1, 4)),
+        ("bn_lif.triton_tiles", "PROGRAMS", (264, 528, 1056)),
     ],
-    "cupy": [("bn_lif.cupy", "NEIGHBOURS_16_BIT", (8,))],
+    "cupy": [
+        ("lif.cupy", "HISTORY", (64,)),
+        ("bn_lif.cupy", "NEIGHBOURS_16_BIT", (8,)),
+        ("bn_lif.cupy", "BLOCKS", (528, 1056, 4096)),
+    ],
 }
 
 
@@ -48,7 +60,7 @@ def lif(backend: str, dtype: torch.dtype, **facts) -> None:
 def bn_lif(backend: str, dtype: torch.dtype, **facts) -> None:
     """Each layout, without and with a residual."""
     for layout in (torch.channels_last, torch.contiguous_format):
-        for residual in (False, True):
+        for residual in (False,) if "candidate" in facts else (False, True):
             known = {"dtype": str(dtype), "layout": str(layout), "residual": residual, **facts}
             with record.attempt(stage="times", operator="bn_lif", backend=backend, **known) as entry:
                 _layer(entry, backend, dtype, layout, residual)
@@ -100,28 +112,41 @@ def packing(backend: str, dtype: torch.dtype, **facts) -> None:
 
 
 def _note(entry: dict, name: str, run, moved: int) -> None:
-    found = clock.operator(run)
+    if entry.get("profiled"):
+        entry[f"{name}_kernels"] = clock.kernels(run)
+        return
+    found = clock.operator(run, SECONDS)
     entry.update({f"{name}_{key}": value for key, value in found.items() if key != "rounds"})
     entry[f"{name}_TB_s"] = moved / found["ms"] / 1e9
+    if "candidate" not in entry:
+        entry[f"{name}_wall_ms"] = clock.step(run, SECONDS)["ms"]
 
 
 FIRST_ARGUMENTS = {function.__name__: function for function in (lif, bn_lif, seal_loss, packing)}
 
 
 def main(operator: str, backend: str) -> None:
-    """Time as the library is, then with each candidate in place of a tuned constant."""
+    """Time as the library is, then profile."""
     with record.attempt(stage="times", operator="copy", backend=backend) as entry:
         entry["copy_TB_s"] = copy_bandwidth()
     for dtype in (F32, BF16):
         FIRST_ARGUMENTS[operator](backend, dtype)
+    if not record.rehearsing():
+        for dtype in (F32, BF16):
+            FIRST_ARGUMENTS[operator](backend, dtype, profiled=True)
+
+
+def candidates(operator: str, backend: str) -> None:
+    """Time in 16 bits with each candidate in place of a tuned constant, after the constant's own value."""
+    FIRST_ARGUMENTS[operator](backend, BF16, candidate="none")
     for place, constant, values in CANDIDATES[backend]:
         module = importlib.import_module(f"seal_fast.kernels.{place}")
         if place.partition(".")[0] != operator:
             continue
         for value in values:
             with mock.patch.object(module, constant, value):
-                FIRST_ARGUMENTS[operator](backend, BF16, candidate=f"{constant}={value}")
+                FIRST_ARGUMENTS[operator](backend, BF16, candidate=f"{place}.{constant}={value}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (candidates if sys.argv[3:] == ["candidates"] else main)(*sys.argv[1:3])

@@ -2,6 +2,7 @@
 
 python -m gpu.training_steps BACKEND PRECISION     ours: PRECISION is off (float32) or bf16
 python -m gpu.training_steps floor PRECISION       the convolutions and linear layers of the step alone
+python -m gpu.training_steps profile PRECISION     which kernels the GPU runs in a step of ours
 """
 
 from __future__ import annotations
@@ -52,6 +53,17 @@ def ours(backend: str, amp: str) -> None:
             _note(entry, problem, run)
 
 
+def profile(amp: str) -> None:
+    """Which kernels a step of ours consists of."""
+    torch.backends.cudnn.benchmark = True
+    problem = problem_of(CASE)
+    for backend in ("auto", "triton"):
+        facts = {"contestant": f"ours {backend}", "precision": amp, "profiled": True}
+        with record.attempt(stage="steps", case=CASE, **facts) as entry:
+            step = make(problem, Step, backend, amp, packed=False)
+            entry["step_kernels"] = clock.kernels(lambda step=step: step(problem.inputs, problem.labels), most=60)
+
+
 def convolutions(amp: str) -> None:
     """The floor of a step: what no neuron, norm or loss can go below."""
     torch.backends.cudnn.benchmark = True
@@ -66,7 +78,12 @@ def _note(entry: dict, problem: Problem, run) -> None:
     entry["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
 
 
-FIRST_ARGUMENTS = {"triton": ours, "cupy": ours, "floor": lambda _, amp: convolutions(amp)}
+FIRST_ARGUMENTS = {
+    "triton": ours,
+    "cupy": ours,
+    "floor": lambda _, amp: convolutions(amp),
+    "profile": lambda _, amp: profile(amp),
+}
 
 if __name__ == "__main__":
     FIRST_ARGUMENTS[sys.argv[1]](*sys.argv[1:])

@@ -133,7 +133,7 @@ from gpu import peers as stage
 stage.SHAPE = (2, 1, 3, 4, 4)
 def broken(x): raise ImportError("libcupy is missing")
 peers.lif = lambda device, options: {"broken": broken, "torch loop": lambda x: peers.loop(options, x)}
-stage.lif()
+stage.main("lif")
 """
     run({"peers": Stage(100, (python("peers", code),))}, tmp_path, 100, REHEARSAL)
     found = [entry for entry in read(tmp_path) if "contestant" in entry]
@@ -156,7 +156,8 @@ def test_every_stage_runs_its_processes_by_the_names_that_there_are():
     """Each process names a module and arguments that it takes; those of pytest, files that there are."""
     for rehearse in (False, True):
         stages = all_stages(rehearse=rehearse)
-        assert list(stages)[:7] == ["machine", "smoke", "tests", "times", "steps", "values", "sanitizer"]
+        names = ["machine", "smoke", "tests", "times", "steps", "peers", "tuning", "sanitizer", "values", "compiled"]
+        assert list(stages) == [name for name in names if not rehearse or name not in ("peers", "compiled")]
         for stage in stages.values():
             for job in stage.jobs:
                 if job.command[1] == "pytest":
@@ -180,10 +181,13 @@ def test_table_is_short_and_shows_the_worst():
     entries += [{"stage": "steps", "contestant": "ours cupy", "precision": "bf16", "graph": True, "ms": 12.5}]
     entries += [{"stage": "smoke", "job": "smoke lif triton", "ended": "exit 1", "seconds": 2.5}]
     entries += [{"stage": "times", "operator": "lif", "backend": "cupy", "forward_ms": 0.25, "candidate": "N=4"}]
+    launched = [["void lif_forward<float, 4>(float*)", 1.0, 182.5], ["merge", 2.0, 3.0]]
+    entries += [{"stage": "times", "operator": "lif", "backend": "cupy", "profiled": True, "forward_kernels": launched}]
     text = table.short(entries)
     assert len(text) <= table.MOST
     assert "0.250" not in text
     assert "lif cupy N=4" in table.text(entries)
+    assert "kernels  lif cupy forward: 182.5 us 1 x lif_forward, 3.0 us 2 x merge" in table.text(entries)
     assert "4.25 TB/s copied" in text
     (line,) = (line for line in text.splitlines() if line.startswith("smoke "))
     assert "lif triton f32" in line
@@ -247,7 +251,7 @@ def test_command_says_which_stages_it_has():
     result = command("--stages", "machine,trainings")
     assert result.returncode == 2
     assert result.stdout == (
-        "stages are machine, smoke, tests, times, steps, values, sanitizer, peers; got 'trainings'.\n"
+        "stages are machine, smoke, tests, times, steps, peers, tuning, sanitizer, values, compiled; got 'trainings'.\n"
     )
 
 
