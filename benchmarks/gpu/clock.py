@@ -31,11 +31,12 @@ def step(run: Callable[[], object], seconds: float = 1.0) -> dict[str, float]:
     return _timed(run, seconds, 1, asleep=False)
 
 
-def kernels(run: Callable[[], object], calls: int = 5, most: int = 30) -> list[tuple[str, float, float]]:
+def kernels(run: Callable[[], object], calls: int = 20, most: int = 12) -> list[tuple[str, float, float]]:
     """What the GPU runs for a call of `run`, by the profiler, which slows down what its process times afterwards.
 
     Returns:
-        The `most` kernels that take longest: name, how often a call launches it, and the microseconds of all of these.
+        The `most` kernels that take longest: name, how often a call launches it, and microseconds of all of these
+        launches, as many times the median.
     """
     for _ in range(WARM_UP):
         run()
@@ -48,7 +49,8 @@ def kernels(run: Callable[[], object], calls: int = 5, most: int = 30) -> list[t
     for event in profile.events():
         if event.device_type == DeviceType.CUDA:
             found[event.name].append(event.time_range.elapsed_us())
-    rows = [(name[:120], len(times) / calls, round(sum(times) / calls, 1)) for name, times in found.items()]
+    counts = {name: len(times) / calls for name, times in found.items()}
+    rows = [(name[:120], counts[name], round(counts[name] * statistics.median(found[name]), 1)) for name in found]
     return sorted(rows, key=lambda row: -row[2])[:most]
 
 

@@ -93,4 +93,5 @@ def main(operator: str, which: str = "eager") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with record.alone():
+        main(*sys.argv[1:])

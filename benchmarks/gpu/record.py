@@ -6,6 +6,7 @@ A stage is a process that is told by its environment where to write (RESULTS) an
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import sys
@@ -42,6 +43,18 @@ def shortened(text: str, length: int = 300) -> str:
     """`text` on one line, of so many characters at most."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other process of the run is in here: they import what they need side by side, and time in turn."""
+    path = os.environ.get(RESULTS)
+    if path is None:
+        yield
+        return
+    with open(f"{path}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, if only by the process' end
+        yield
 
 
 @contextlib.contextmanager

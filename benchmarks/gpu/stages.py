@@ -19,6 +19,7 @@ UNFIT = ("test_lif_sweep.py",)
 # For processes that share the processors: one thread each, of what they compute on the CPU.
 SINGLE = {"OMP_NUM_THREADS": "1"}
 REHEARSAL = {SECONDS: "0", **SINGLE}
+IN_TURN = 2  # workers that share the GPU by record.alone: one times while the next one imports
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor has memory of its own, whose ends the sanitizer knows
 
 
@@ -67,22 +68,20 @@ def all_stages(*, rehearse: bool = False) -> dict[str, Stage]:
     processors = os.cpu_count() or 1
     module = _faked if rehearse else _module
     each = [(operator, backend) for operator in OPERATORS for backend in BACKENDS]
-    steps = [(contestant, amp) for amp in ("bf16", "off") for contestant in ("triton", "floor", "cupy")]
     tuned = [(operator, backend) for operator in OPERATORS[:2] for backend in BACKENDS]
-    steps += [] if rehearse else [("profile", "bf16")]
     peers = ("lif", "bn_lif", "seal_loss", "training")
     gpu_tests = sorted(str(path) for path in (ROOT / "tests" / "kernels").glob("*_gpu.py"))
     stages = {
         "machine": Stage(40, (module("gpu.machine"),)),
         "smoke": Stage(80, tuple(module("gpu.smoke", *job) for job in each), processors),
         "tests": Stage(120, (_pytest("tests", gpu_tests, processors, rehearse),)),
-        "times": Stage(120, tuple(module("gpu.times", *job) for job in each)),
-        "steps": Stage(140, tuple(module("gpu.training_steps", *job) for job in steps)),
-        "peers": Stage(110, tuple(module("gpu.peers", name) for name in peers)),
-        "tuning": Stage(90, tuple(module("gpu.times", *job, "candidates") for job in tuned)),
+        "times": Stage(120, tuple(module("gpu.times", *job) for job in each), IN_TURN),
+        "steps": Stage(140, tuple(module("gpu.training_steps", amp) for amp in ("bf16", "off")), IN_TURN),
+        "peers": Stage(110, tuple(module("gpu.peers", name) for name in peers), IN_TURN),
+        "tuning": Stage(90, tuple(module("gpu.times", *job, "candidates") for job in tuned), IN_TURN),
         "sanitizer": Stage(120, tuple(_sanitized(module, rehearse)), max(2, processors // 3)),
         "values": Stage(130, (_pytest("values", _value_tests(), processors, rehearse),)),
-        "compiled": Stage(120, tuple(module("gpu.peers", name, "compiled") for name in peers)),
+        "compiled": Stage(120, tuple(module("gpu.peers", name, "compiled") for name in peers), IN_TURN),
     }
     if rehearse:  # these start no kernel of this library that is not started before
         del stages["peers"], stages["compiled"]

@@ -69,8 +69,8 @@ def _tests(entries):
             yield f"         {entry['test'].rpartition('/')[2]}: {entry['failed'][:110]}"
 
 
-def _case(entry, *more):
-    facts = ("operator", "backend", "contestant", "precision", "dtype", "layout", "shape", *more)
+def _case(entry):
+    facts = ("operator", "backend", "contestant", "precision", "dtype", "layout", "shape", "candidate")
     return " ".join(_shown(entry[fact]) for fact in facts if fact in entry) + (
         " + residual" if entry.get("residual") else ""
     )
@@ -80,7 +80,7 @@ def _times(entries):
     for entry in _of(entries, "times"):
         if "profiled" in entry:
             continue
-        name = _case(entry, "candidate")
+        name = _case(entry)
         figures = [f"{entry['copy_TB_s']:.2f} TB/s"] if "copy_TB_s" in entry else []
         for key, value in entry.items():
             if key.endswith("_ms") and not key.endswith(("best_ms", "host_ms", "wall_ms")):
@@ -93,11 +93,10 @@ def _times(entries):
 
 def _steps(entries):
     for entry in _of(entries, "steps"):
-        if "profiled" in entry:
-            continue
         name = f"{entry['contestant']} {entry['precision']}"
         name += "".join(f", {flag}" for flag in ("graph", "packed") if entry.get(flag))
-        yield f"step     {name:40s} {_step(entry)}"
+        losses = " ".join(f"{loss:.4f}" for loss in entry.get("losses", ()))
+        yield f"step     {name:40s} {_step(entry)}  {losses}".rstrip()
 
 
 def _peers(entries):
@@ -125,7 +124,6 @@ def _step(entry):
         "wall_ms": "ms wall",
         "images_s": "images/s",
         "peak_MiB": "MiB",
-        "last_loss": "loss",
     }
     figures = [f"{entry[name]:.4g} {unit}" for name, unit in units.items() if name in entry]
     return "  ".join(figures) + _failed(_reasons(entry))

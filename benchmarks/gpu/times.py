@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -22,27 +23,38 @@ from gpu import clock, record
 from gpu.machine import copy_bandwidth
 
 F32, BF16 = torch.float32, torch.bfloat16
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
 OPTIONS = {"decay_input": False}
 SECONDS = 0.1  # for each figure
 # [T, B, C, H, W], several times the 50 or 60 MB of a Hopper GPU's L2 cache in 16 bits, too.
 SHAPE = (4, 2 if record.rehearsing() else 256, 64, 32, 32)
-# backend -> constants of kernels/ that were tuned by counting alone: module, name, other values
-CANDIDATES: dict[str, list[tuple[str, str, tuple]]] = {
-    "triton": [
-        ("lif.triton", "THREADS", (256,)),
-        ("lif.triton", "KEPT", (128,)),
-        ("bn_lif.triton", "NEIGHBOURS_16_BIT", (4,)),
-        ("bn_lif.triton", "STAGES", (1, 2, 4)),
-        ("bn_lif.triton", "THREADS", (64, 256)),
-        ("bn_lif.triton_statistics", "AT_ONCE", (8, 32)),
-        ("bn_lif.triton_statistics", "STAGES", (1, 4)),
-        ("bn_lif.triton_tiles", "PROGRAMS", (264, 528, 1056)),
-    ],
-    "cupy": [
-        ("lif.cupy", "HISTORY", (64,)),
-        ("bn_lif.cupy", "NEIGHBOURS_16_BIT", (8,)),
-        ("bn_lif.cupy", "BLOCKS", (528, 1056, 4096)),
-    ],
+# What ResNet-18 for CIFAR has at a batch of 128 beside the first: SHAPE of its stages, for tuning.
+STAGES = [(4, SHAPE[1] // 2, 64 << i, 32 >> i, 32 >> i) for i in range(4)]
+# operator -> backend -> other values of constants of kernels/: several at once, or one
+CANDIDATES: dict[str, dict[str, list[dict[str, object]]]] = {
+    "lif": {
+        "triton": [{"lif.triton.THREADS": 256}, {"lif.triton.KEPT": 128}],
+        "cupy": [{"lif.cupy.HISTORY": 64}],
+    },
+    "bn_lif": {
+        "triton": [
+            *({"bn_lif.triton_tiles.PROGRAMS": n} for n in (264, 396, 528, 660, 792, 924, 1056, 1320)),
+            *({"bn_lif.triton_statistics.AT_ONCE": n} for n in (8, 32)),
+            *({"bn_lif.triton_statistics.STAGES": n} for n in (2, 4)),
+            *({"bn_lif.triton_statistics.ACCESSES": n} for n in (2, 4)),
+            *({"bn_lif.triton_statistics.GRADIENT_STAGES": n} for n in (2, 3, 4)),
+            {"bn_lif.triton_statistics.ACCESSES": 2, "bn_lif.triton_statistics.GRADIENT_STAGES": 3},
+            {"bn_lif.triton_statistics.AT_ONCE": 32, "bn_lif.triton_tiles.PROGRAMS": 528},
+            {"bn_lif.triton_statistics.STAGES": 4, "bn_lif.triton_tiles.PROGRAMS": 660},
+            {"bn_lif.triton.NEIGHBOURS_16_BIT": 4},
+            *({"bn_lif.triton.STAGES": n} for n in (2, 4)),
+            *({"bn_lif.triton.THREADS": n} for n in (64, 256)),
+        ],
+        "cupy": [
+            {"bn_lif.cupy.NEIGHBOURS_16_BIT": 8},
+            *({"bn_lif.cupy.BLOCKS": n} for n in (264, 396, 528, 660, 792, 1056, 1320)),
+        ],
+    },
 }
 
 
@@ -58,17 +70,19 @@ def lif(backend: str, dtype: torch.dtype, **facts) -> None:
 
 
 def bn_lif(backend: str, dtype: torch.dtype, **facts) -> None:
-    """Each layout, without and with a residual."""
-    for layout in (torch.channels_last, torch.contiguous_format):
-        for residual in (False,) if "candidate" in facts else (False, True):
-            known = {"dtype": str(dtype), "layout": str(layout), "residual": residual, **facts}
-            with record.attempt(stage="times", operator="bn_lif", backend=backend, **known) as entry:
-                _layer(entry, backend, dtype, layout, residual)
+    """Each layout, without and with a residual; to tune, each stage of a network instead of the residual."""
+    cases = [(layout, residual, SHAPE) for layout in LAYOUTS for residual in (False, True)]
+    if "candidate" in facts:
+        cases = [*((layout, False, SHAPE) for layout in LAYOUTS), *((LAYOUTS[0], False, shape) for shape in STAGES)]
+    for layout, residual, shape in cases:
+        known = {"dtype": str(dtype), "layout": str(layout), "residual": residual, "shape": shape, **facts}
+        with record.attempt(stage="times", operator="bn_lif", backend=backend, **known) as entry:
+            _layer(entry, backend, dtype, layout, residual, shape)
 
 
-def _layer(entry: dict, backend: str, dtype: torch.dtype, layout: torch.memory_format, has_residual: bool) -> None:
+def _layer(entry: dict, backend: str, dtype: torch.dtype, layout, has_residual: bool, shape: tuple[int, ...]) -> None:
     """Forward reads y twice; backward, too, and it writes and reads the gradient of the membrane input in between."""
-    T, B, *image = SHAPE
+    T, B, *image = shape
     y, residual, upstream = (
         torch.randn(T * B, *image, device="cuda").to(dtype, memory_format=layout).requires_grad_() for _ in range(3)
     )
@@ -113,13 +127,15 @@ def packing(backend: str, dtype: torch.dtype, **facts) -> None:
 
 def _note(entry: dict, name: str, run, moved: int) -> None:
     if entry.get("profiled"):
+        if record.rehearsing():
+            run()
+            return
         entry[f"{name}_kernels"] = clock.kernels(run)
         return
     found = clock.operator(run, SECONDS)
     entry.update({f"{name}_{key}": value for key, value in found.items() if key != "rounds"})
     entry[f"{name}_TB_s"] = moved / found["ms"] / 1e9
-    if "candidate" not in entry:
-        entry[f"{name}_wall_ms"] = clock.step(run, SECONDS)["ms"]
+    entry[f"{name}_wall_ms"] = clock.step(run, SECONDS)["ms"]
 
 
 FIRST_ARGUMENTS = {function.__name__: function for function in (lif, bn_lif, seal_loss, packing)}
@@ -131,22 +147,22 @@ def main(operator: str, backend: str) -> None:
         entry["copy_TB_s"] = copy_bandwidth()
     for dtype in (F32, BF16):
         FIRST_ARGUMENTS[operator](backend, dtype)
-    if not record.rehearsing():
-        for dtype in (F32, BF16):
-            FIRST_ARGUMENTS[operator](backend, dtype, profiled=True)
+    for dtype in (F32, BF16):
+        FIRST_ARGUMENTS[operator](backend, dtype, profiled=True)
 
 
 def candidates(operator: str, backend: str) -> None:
-    """Time in 16 bits with each candidate in place of a tuned constant, after the constant's own value."""
-    FIRST_ARGUMENTS[operator](backend, BF16, candidate="none")
-    for place, constant, values in CANDIDATES[backend]:
-        module = importlib.import_module(f"seal_fast.kernels.{place}")
-        if place.partition(".")[0] != operator:
-            continue
-        for value in values:
-            with mock.patch.object(module, constant, value):
-                FIRST_ARGUMENTS[operator](backend, BF16, candidate=f"{place}.{constant}={value}")
+    """Profile in 16 bits as the library is, and then with each candidate in place of tuned constants."""
+    for settings in ({}, *CANDIDATES[operator][backend]):
+        with contextlib.ExitStack() as patches:
+            for name, value in settings.items():
+                place, _, constant = name.rpartition(".")
+                module = importlib.import_module(f"seal_fast.kernels.{place}")
+                patches.enter_context(mock.patch.object(module, constant, value))
+            shown = ", ".join(f"{name} = {value}" for name, value in settings.items()) or "as it is"
+            FIRST_ARGUMENTS[operator](backend, BF16, candidate=shown, profiled=True)
 
 
 if __name__ == "__main__":
-    (candidates if sys.argv[3:] == ["candidates"] else main)(*sys.argv[1:3])
+    with record.alone():
+        (candidates if sys.argv[3:] == ["candidates"] else main)(*sys.argv[1:3])

@@ -1,8 +1,6 @@
-"""Full training steps as the trainers take them, launched piece by piece and as one CUDA graph.
+"""Full training steps as the trainers take them, launched piece by piece and as one CUDA graph, and what bounds them.
 
-python -m gpu.training_steps BACKEND PRECISION     ours: PRECISION is off (float32) or bf16
-python -m gpu.training_steps floor PRECISION       the convolutions and linear layers of the step alone
-python -m gpu.training_steps profile PRECISION     which kernels the GPU runs in a step of ours
+python -m gpu.training_steps PRECISION     off (float32) or bf16
 """
 
 from __future__ import annotations
@@ -18,6 +16,16 @@ from seal_fast.train.tasks import DistillTask, parameter_groups
 from training import CASES, SGD, WEIGHT_DECAY, WEIGHTS, Problem, floor, make_student
 
 CASE = "resnet18-cifar"
+# (backend, whether as a graph, whether spikes are kept as bits), in the order of what is wanted first
+VARIANTS = {
+    "bf16": [
+        *((name, True, False) for name in ("triton", "cupy", "auto")),
+        ("auto", False, False),
+        ("auto", True, True),
+    ],
+    "off": [("triton", True, False), ("cupy", True, False)],
+}
+LOSSES = 3  # steps after the warm-up whose losses are noted
 
 
 def problem_of(case: str) -> Problem:
@@ -37,53 +45,53 @@ def make(problem: Problem, kind: type[Step], backend: str, amp: str, packed: boo
     return kind(task, optimizer, scaler, device=problem.device, amp=amp, packed=packed)
 
 
-def ours(backend: str, amp: str) -> None:
-    """With and without a graph, and with spikes kept as bits."""
-    torch.backends.cudnn.benchmark = True
-    problem = problem_of(CASE)
-    for kind, packed in ((Step, False), (GraphedStep, False), (Step, True)):
-        graph = kind is GraphedStep
-        facts = {"contestant": f"ours {backend}", "precision": amp, "graph": graph, "packed": packed}
-        with record.attempt(stage="steps", case=CASE, **facts) as entry:
-            step = make(problem, kind, backend, amp, packed)
-            run = lambda step=step: step(problem.inputs, problem.labels)
-            losses = [run().loss.item() for _ in range(kind.WARM_UP + 2 if graph else 1)]
-            entry["first_loss"], entry["last_loss"] = losses[0], losses[-1]
-            torch.cuda.reset_peak_memory_stats()
-            _note(entry, problem, run)
+def ours(problem: Problem, amp: str, backend: str, graph: bool, packed: bool) -> None:
+    """Losses of the first steps, on a batch and its mirror image in turn; then times on the batch."""
+    facts = {"contestant": f"ours {backend}", "precision": amp, "graph": graph, "packed": packed}
+    with record.attempt(stage="steps", case=CASE, **facts) as entry:
+        step = make(problem, GraphedStep if graph else Step, backend, amp, packed)
+        batches = problem.inputs, problem.inputs.flip(-1)
+        losses = []
+        for i in range(GraphedStep.WARM_UP + LOSSES):
+            if (
+                i == GraphedStep.WARM_UP
+            ):  # until then libraries try what is fastest, with memory that they then give back
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            losses.append(step(batches[i % 2], problem.labels).loss.item())
+        entry["losses"] = losses
+        run = lambda: step(problem.inputs, problem.labels)
+        _note(entry, problem, run)
+        if not packed and not record.rehearsing():
+            entry["step_kernels"] = clock.kernels(run, calls=3, most=60)
 
 
-def profile(amp: str) -> None:
-    """Which kernels a step of ours consists of."""
-    torch.backends.cudnn.benchmark = True
-    problem = problem_of(CASE)
-    for backend in ("auto", "triton"):
-        facts = {"contestant": f"ours {backend}", "precision": amp, "profiled": True}
-        with record.attempt(stage="steps", case=CASE, **facts) as entry:
-            step = make(problem, Step, backend, amp, packed=False)
-            entry["step_kernels"] = clock.kernels(lambda step=step: step(problem.inputs, problem.labels), most=60)
-
-
-def convolutions(amp: str) -> None:
+def convolutions(problem: Problem, amp: str) -> None:
     """The floor of a step: what no neuron, norm or loss can go below."""
-    torch.backends.cudnn.benchmark = True
     with record.attempt(stage="steps", case=CASE, contestant="convolutions alone", precision=amp) as entry:
-        problem = problem_of(CASE)
-        _note(entry, problem, floor(problem, AMP_DTYPES[amp]))
+        run = floor(problem, AMP_DTYPES[amp])
+        _note(entry, problem, run)
+        entry["step_kernels"] = [] if record.rehearsing() else clock.kernels(run, calls=3, most=60)
 
 
 def _note(entry: dict, problem: Problem, run) -> None:
-    entry.update(clock.step(run), tf32=torch.backends.cudnn.allow_tf32)
+    entry.update(clock.step(run, 0.5), tf32=torch.backends.cudnn.allow_tf32)
     entry["images_s"] = len(problem.labels) / entry["ms"] * 1e3
     entry["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
 
 
-FIRST_ARGUMENTS = {
-    "triton": ours,
-    "cupy": ours,
-    "floor": lambda _, amp: convolutions(amp),
-    "profile": lambda _, amp: profile(amp),
-}
+def main(amp: str) -> None:
+    """Ours, then the floor."""
+    torch.backends.cudnn.benchmark = True
+    problem = problem_of(CASE)
+    for variant in VARIANTS[amp]:
+        ours(problem, amp, *variant)
+    convolutions(problem, amp)
+
+
+FIRST_ARGUMENTS = VARIANTS
 
 if __name__ == "__main__":
-    FIRST_ARGUMENTS[sys.argv[1]](*sys.argv[1:])
+    with record.alone():
+        main(sys.argv[1])

@@ -21,7 +21,7 @@ from ..lif.reference import state_dtype
 from ..neuron.options import Options
 from ..neuron.triton import constants_of
 from .tensors import Inputs, alike, backward_outputs, forward_outputs, inputs
-from .triton_statistics import SIZES, normalised_gradient, statistics
+from .triton_statistics import SIZES, add, normalised_gradient, statistics
 from .triton_steps import steps_backward, steps_forward
 from .triton_tiles import enter, next_tile, tile_at, tiling
 
@@ -355,8 +355,7 @@ def backward(
         STAGES=STAGES if time_steps <= chunk else 1,
         **tiles.constants,
     )
-    sums = partials.sum(0) if tiles.splits > 1 else partials[0]
-    return *out[:2], sums, *out[2:]
+    return *out[:2], add(partials), *out[2:]
 
 
 def _chunk(time_steps: int, kept: int, most: int) -> int:

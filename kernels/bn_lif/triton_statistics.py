@@ -1,8 +1,8 @@
 """Triton kernels of the batch norm alone: mean and variance by channel, and the gradient that it passes on.
 
-A program takes the mean k of its first tile and adds up y - k and its square. Mean and sum of squared deviations of all
-programs then merge as in Chan, Golub and LeVeque 1983. What a program subtracts from its squares
-is at most about as many times what is left as it has tiles, so that few digits are lost.
+A program takes the mean k of its first tile and adds up y - k and its square. What it then subtracts from its squares
+is at most about as many times what is left as it has tiles, so that few digits are lost. A second kernel merges the
+mean and the sum of squared deviations of all programs.
 """
 
 import torch
@@ -21,7 +21,11 @@ AT_ONCE = 16  # elements that a thread of _statistics reads at once
 # bfloat16 maps of 7 x 7 pixels, 16 take 96 registers and spill 8 bytes on sm_90.
 NARROW = 4
 STAGES = 3  # num_stages of the loop in _statistics: see triton.py
-CHANNELS, SPLITS = 32, 32  # of which a program of _merge reads what others have left, at once
+COLUMNS = 8  # of which a program of _merge or _add reads what others have left: a sector of the cache
+# Rows that it reads at once, and its warps: with few splits, and with many, whose loads have to be asked for together.
+FEW, MANY = (64, 4), (1024, 16)
+ACCESSES = 1  # of a thread of _normalised_gradient at once, for each tensor
+GRADIENT_STAGES = 1  # num_stages of its loop
 
 SIZES = ["C", "inner", "positions", "turns", "blocks"]  # see kernels/lif/triton.py
 
@@ -80,30 +84,50 @@ def _merge(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,  # channels of a program
 ):
+    """Two passes: the mean, then the squared deviations from it. A thread's loads wait for no sum of other threads."""
     C, positions, every = size(C, 1), size(positions, 1), size(every, 1)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     origin = tl.load(partials + c, c < C, other=0.0)  # means count from here
-    whole_count = tl.zeros([1, BLOCK], STATE)
-    whole_mean = whole_count
-    whole_squares = whole_count
+    sums = tl.zeros([SPLITS, BLOCK], STATE)
     for begin in range(0, splits, SPLITS):
-        split = begin + tl.arange(0, SPLITS)[:, None]
-        count = tl.minimum(tl.maximum(positions - split * every, 0), every).to(STATE)
-        mask = (split < splits) & (c < C)
-        row = partials + split.to(tl.int64) * (3 * C) + c
-        means = (tl.load(row, mask, other=0.0) - origin) + tl.load(row + C, mask, other=0.0)
-        group_count = tl.sum(count, 0, keep_dims=True)
-        group_mean = tl.sum(count * means, 0, keep_dims=True) / group_count
-        apart = means - group_mean
-        squares = tl.load(row + 2 * C, mask, other=0.0) + count * (apart * apart)
-        # The whole so far and this group, of which neither is empty but the first whole.
-        share = group_count / (whole_count + group_count)
-        apart = group_mean - whole_mean
-        whole_squares += tl.sum(squares, 0, keep_dims=True) + apart * apart * (whole_count * share)
-        whole_mean += apart * share
-        whole_count += group_count
+        count, means, _, _ = _of_splits(partials, begin, origin, c, C, positions, every, splits, STATE, SPLITS)
+        sums += count * means
+    whole_mean = tl.sum(sums, 0, keep_dims=True) / positions.to(STATE)
+    squares = tl.zeros([SPLITS, BLOCK], STATE)
+    for begin in range(0, splits, SPLITS):
+        count, means, row, mask = _of_splits(partials, begin, origin, c, C, positions, every, splits, STATE, SPLITS)
+        apart = means - whole_mean
+        squares += tl.load(row + 2 * C, mask, other=0.0) + count * (apart * apart)
     tl.store(mean + c, origin + whole_mean, c < C)
-    tl.store(variance + c, whole_squares / positions.to(STATE), c < C)
+    tl.store(variance + c, tl.sum(squares, 0, keep_dims=True) / positions.to(STATE), c < C)
+
+
+@triton.jit
+def _of_splits(partials, begin, origin, c, C, positions, every, splits, STATE: tl.constexpr, SPLITS: tl.constexpr):
+    """Of SPLITS splits from `begin`: counts, 0 where none is; means less origin; where in partials; and which exist."""
+    split = begin + tl.arange(0, SPLITS)[:, None]
+    count = tl.minimum(tl.maximum(positions - split * every, 0), every).to(STATE)
+    mask = (split < splits) & (c < C)
+    row = partials + split.to(tl.int64) * (3 * C) + c
+    return count, (tl.load(row, mask, other=0.0) - origin) + tl.load(row + C, mask, other=0.0), row, mask
+
+
+@triton.jit(do_not_specialize=["columns", "rows"])
+def _add(
+    partials,  # [rows, columns] in the state's dtype
+    sums,  # [columns] likewise
+    columns,
+    rows,
+    STATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a program
+):
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros([ROWS, BLOCK], STATE)
+    for begin in range(0, rows, ROWS):
+        row = begin + tl.arange(0, ROWS)[:, None]
+        total += tl.load(partials + row.to(tl.int64) * columns + c, (row < rows) & (c < columns), other=0.0)
+    tl.store(sums + c, tl.sum(total, 0, keep_dims=True), c < columns)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -121,13 +145,14 @@ def _normalised_gradient(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    STAGES: tl.constexpr,  # of the pipeline
 ):
     C, inner = size(C, ALIGNED if LAST else 1), size(inner, 1 if LAST else ALIGNED)
     _, c, position, offset, inside, tiles = enter(C, inner, positions, turns, blocks, LAST, ROWS, COLS)
     of_grad = tl.load(coefficients + c, c < C, other=0.0)
     of_y = tl.load(coefficients + C + c, c < C, other=0.0)
     constant = tl.load(coefficients + 2 * C + c, c < C, other=0.0)
-    for _ in range(tiles):
+    for _ in tl.range(tiles, num_stages=STAGES):
         n, mask = tile_at(position, offset, inside, c, C, inner, positions, LAST, ROWS, COLS, ALIGNED)
         value = of_grad * tl.load(grad + n, mask, other=0.0).to(of_grad.dtype)
         if y is not None:
@@ -154,8 +179,33 @@ def statistics(
     }
     start(_statistics, tiles.programs, given.y, partials, *tiles.sizes, **common, **tiles.constants, STAGES=STAGES)
     numbers = C, given.N // C, tiles.positions, tiles.splits
-    start(_merge, -(-C // CHANNELS), partials, mean, variance, *numbers, **common, SPLITS=SPLITS, BLOCK=CHANNELS)
+    rows, common["num_warps"] = FEW if tiles.splits <= FEW[0] else MANY
+    start(_merge, -(-C // COLUMNS), partials, mean, variance, *numbers, **common, SPLITS=rows, BLOCK=COLUMNS)
     return mean, variance
+
+
+def add(
+    partials: Tensor,  # [rows, ...]
+) -> Tensor:
+    """Sum over the rows, in an order that depends on their number alone."""
+    if len(partials) == 1:
+        return partials[0]
+    sums = torch.empty_like(partials[0])
+    rows, warps = FEW if len(partials) <= FEW[0] else MANY
+    start(
+        _add,
+        -(-sums.numel() // COLUMNS),
+        partials,
+        sums,
+        sums.numel(),
+        len(partials),
+        device=partials.device,
+        num_warps=warps,
+        STATE=tl.float64 if partials.dtype == torch.float64 else tl.float32,
+        ROWS=rows,
+        BLOCK=COLUMNS,
+    )
+    return sums
 
 
 def normalised_gradient(
@@ -169,7 +219,7 @@ def normalised_gradient(
     rows = dense(grad)
     out = rows if in_place else torch.empty_like(rows)
     given = inputs(rows, None, 1, static=True)
-    elements = THREADS * ACCESS // grad.dtype.itemsize
+    elements = THREADS * ACCESSES * ACCESS // grad.dtype.itemsize
     tiles = tiling(given.N, given.C, given.channel_stride, grad.dtype, elements)
     start(
         _normalised_gradient,
@@ -181,6 +231,7 @@ def normalised_gradient(
         *tiles.sizes,
         device=grad.device,
         num_warps=THREADS // 32,
+        STAGES=GRADIENT_STAGES,
         **tiles.constants,
     )
     return grad.copy_(out) if in_place and out is not grad else out
