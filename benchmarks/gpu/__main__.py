@@ -3,7 +3,7 @@
 Runs stages: processes with a time limit each, none of which waits for another to be right. Each writes what it finds as
 it finds it, errors as numbers: what is right and fast enough is judged afterwards. A table is printed at the end.
 
-    python -m gpu [--seconds 540] [--stages smoke,times] [--results FOLDER]
+    python -m gpu [--seconds 540] [--stages smoke,times] [--jobs 'lif triton'] [--results FOLDER]
 
 The folder, benchmarks/results/<gpu> or $OUT, gets results.jsonl (every figure, a JSON object a line), table.txt and
 log.txt. Exits with 1 where a stage did not end well, and with 2 where nothing could begin.
@@ -12,6 +12,7 @@ log.txt. Exits with 1 where a stage did not end well, and with 2 where nothing c
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
@@ -24,7 +25,7 @@ import torch
 from gpu import prebuilt, record, table
 from gpu.fake import CAPABILITY
 from gpu.run import read, run
-from gpu.stages import REHEARSAL, ROOT, all_stages
+from gpu.stages import REHEARSAL, ROOT, Stage, all_stages
 
 BEGUN = time.monotonic()
 
@@ -36,6 +37,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--seconds", type=float, default=540, help="for all stages together (default: %(default)s)")
     parser.add_argument("--stages", help="only these, separated by commas")
+    parser.add_argument(
+        "--jobs", type=re.compile, help="only processes in whose names this regular expression is found"
+    )
     parser.add_argument("--results", type=Path, help="folder for what is found")
     parser.add_argument(
         "--kernels", type=Path, default=prebuilt.FILE, help="kernels compiled beforehand (default: %(default)s)"
@@ -64,10 +68,16 @@ def main(arguments: list[str]) -> int:
             record.write(stage="machine", kernels=said)
         environment = {**caches, **(REHEARSAL if options.rehearse else {})}
         left = options.seconds - (time.monotonic() - BEGUN)
-        run({name: stages[name] for name in chosen}, folder, left, environment, lambda stage: _show(stage, folder))
+        some = {name: _of(stages[name], options.jobs) for name in chosen}
+        run(some, folder, left, environment, lambda stage: _show(stage, folder))
     entries = read(folder)
     print(table.short(entries))
     return 0 if all(entry.get("ended") == "ok" for entry in entries if "ended" in entry) else 1
+
+
+def _of(stage: Stage, jobs: re.Pattern | None) -> Stage:
+    kept = [job for job in stage.jobs if jobs is None or jobs.search(job.name)]
+    return dataclasses.replace(stage, jobs=tuple(kept))
 
 
 def _show(stage: str, folder: Path) -> None:

@@ -79,7 +79,7 @@ def all_stages(*, rehearse: bool = False) -> dict[str, Stage]:
         "steps": Stage(140, tuple(module("gpu.training_steps", amp) for amp in ("bf16", "off")), IN_TURN),
         "peers": Stage(110, tuple(module("gpu.peers", name) for name in peers), IN_TURN),
         "tuning": Stage(90, tuple(module("gpu.times", *job, "candidates") for job in tuned), IN_TURN),
-        "sanitizer": Stage(120, tuple(_sanitized(module, rehearse)), max(2, processors // 3)),
+        "sanitizer": Stage(120, tuple(_sanitized(module, rehearse)), processors),
         "values": Stage(130, (_pytest("values", _value_tests(), processors, rehearse),)),
         "compiled": Stage(120, tuple(module("gpu.peers", name, "compiled") for name in peers), IN_TURN),
     }
