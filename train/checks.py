@@ -37,8 +37,10 @@ def resolve(args: argparse.Namespace, *, role: str) -> argparse.Namespace:
     _check_shared(args)
     if args.amp == "auto":
         args.amp = _default_amp(torch.device(args.device))
-    if args.cuda_graph:
-        _check_graph(args)
+    if args.cuda_graph is None:
+        args.cuda_graph = graph_by_default(args)
+    elif args.cuda_graph and (reason := _no_graph(args)):
+        raise UsageError(reason)
     if role == "student":
         _check_student(args)
     return args
@@ -95,13 +97,20 @@ def _check_shared(args: argparse.Namespace) -> None:
         raise UsageError(f"--device {args.device!r} cannot be used: {reason}") from error
 
 
-def _check_graph(args: argparse.Namespace) -> None:
+def graph_by_default(args: argparse.Namespace) -> bool:
+    """Whether steps are captured in a CUDA graph if nothing is said: where they can be, and the fast kernels run."""
+    return not _no_graph(args) and args.amp == "bf16" and getattr(args, "backend", None) != "torch"
+
+
+def _no_graph(args: argparse.Namespace) -> str:
+    """Why a step cannot be captured in a CUDA graph, or nothing."""
     if torch.device(args.device).type != "cuda":
-        raise UsageError(f"--cuda_graph needs a CUDA GPU; --device is {args.device}.")
+        return f"--cuda_graph needs a CUDA GPU; --device is {args.device}."
     if args.amp == "fp16":
-        raise UsageError("--cuda_graph cannot skip the steps that --amp fp16 must skip; use --amp bf16.")
+        return "--cuda_graph cannot skip the steps that --amp fp16 must skip; use --amp bf16."
     if args.accumulate > 1 or ranks.size() > 1:
-        raise UsageError("--cuda_graph captures a step of one process in one part; leave it out, or --accumulate.")
+        return "--cuda_graph captures a step of one process in one part; leave it out, or --accumulate."
+    return ""
 
 
 def smallest_part() -> int:

@@ -199,7 +199,13 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="autocast; auto is bf16 where the hardware multiplies it faster than float32 (default: %(default)s)",
     )
-    _add_switch(machine, "--cuda_graph", False, "replay each step as one CUDA graph: faster where batches are small")
+    _add_switch(
+        machine,
+        "--cuda_graph",
+        None,
+        "replay each step as one CUDA graph: faster, as the host has less to do (default: on a GPU with --amp bf16, "
+        "for one process and whole batches, unless --backend is torch)",
+    )
 
 
 def _add_switch(parser, flag: str, default: bool | None, text: str) -> None:

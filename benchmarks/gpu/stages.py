@@ -69,7 +69,7 @@ def all_stages(*, rehearse: bool = False) -> dict[str, Stage]:
     module = _faked if rehearse else _module
     each = [(operator, backend) for operator in OPERATORS for backend in BACKENDS]
     tuned = [(operator, backend) for operator in OPERATORS[:2] for backend in BACKENDS]
-    peers = ("lif", "bn_lif", "seal_loss", "training")
+    peers = ("training", "lif", "bn_lif", "seal_loss")
     gpu_tests = sorted(str(path) for path in (ROOT / "tests" / "kernels").glob("*_gpu.py"))
     stages = {
         "machine": Stage(40, (module("gpu.machine"),)),

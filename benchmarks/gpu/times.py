@@ -33,26 +33,21 @@ STAGES = [(4, SHAPE[1] // 2, 64 << i, 32 >> i, 32 >> i) for i in range(4)]
 # operator -> backend -> other values of constants of kernels/: several at once, or one
 CANDIDATES: dict[str, dict[str, list[dict[str, object]]]] = {
     "lif": {
-        "triton": [{"lif.triton.THREADS": 256}, {"lif.triton.KEPT": 128}],
+        "triton": [{"lif.triton.THREADS": 256}, {"lif.triton.NEIGHBOURS": 8}],
         "cupy": [{"lif.cupy.HISTORY": 64}],
     },
     "bn_lif": {
         "triton": [
-            *({"bn_lif.triton_tiles.PROGRAMS": n} for n in (264, 396, 528, 660, 792, 924, 1056, 1320)),
-            *({"bn_lif.triton_statistics.AT_ONCE": n} for n in (8, 32)),
-            *({"bn_lif.triton_statistics.STAGES": n} for n in (2, 4)),
-            *({"bn_lif.triton_statistics.ACCESSES": n} for n in (2, 4)),
-            *({"bn_lif.triton_statistics.GRADIENT_STAGES": n} for n in (2, 3, 4)),
-            {"bn_lif.triton_statistics.ACCESSES": 2, "bn_lif.triton_statistics.GRADIENT_STAGES": 3},
-            {"bn_lif.triton_statistics.AT_ONCE": 32, "bn_lif.triton_tiles.PROGRAMS": 528},
-            {"bn_lif.triton_statistics.STAGES": 4, "bn_lif.triton_tiles.PROGRAMS": 660},
-            {"bn_lif.triton.NEIGHBOURS_16_BIT": 4},
-            *({"bn_lif.triton.STAGES": n} for n in (2, 4)),
-            *({"bn_lif.triton.THREADS": n} for n in (64, 256)),
+            *({"bn_lif.triton_statistics.PROGRAMS": {"statistics": n, "gradient": 2 * n}} for n in (2, 3, 5, 6, 8)),
+            *({"bn_lif.triton_statistics.STAGES": n} for n in (2, 3)),
+            *({"bn_lif.triton_statistics.ACCESSES": n} for n in (1, 2)),
+            *({"bn_lif.triton.PROGRAMS": dict.fromkeys(("few", "many"), n)} for n in (2, 3, 4, 6, 12)),
+            {"bn_lif.triton.THREADS": 64, "bn_lif.triton.PROGRAMS": dict.fromkeys(("few", "many"), 4)},
+            {"bn_lif.triton.STAGES": 4},
         ],
         "cupy": [
             {"bn_lif.cupy.NEIGHBOURS_16_BIT": 8},
-            *({"bn_lif.cupy.BLOCKS": n} for n in (264, 396, 528, 660, 792, 1056, 1320)),
+            *({"bn_lif.cupy.BLOCKS": dict.fromkeys(("moments", "backward", "gradient"), n)} for n in (2, 4, 5, 6, 8)),
         ],
     },
 }

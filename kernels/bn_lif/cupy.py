@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..launch.cupy import ACCESS, NUMBERS, launch, specialised, together
+from ..launch.device import multiprocessors
 from ..lif.reference import state_dtype
 from ..neuron.cupy import passed
 from ..neuron.options import Options
@@ -26,7 +27,9 @@ HELD = {"forward": 112, "backward": 136}
 # counts both. To change it, time both on a GPU, in both layouts, at T = 4.
 NEIGHBOURS_16_BIT = 4
 COLUMNS = 32  # threads of a block that lie side by side along the channels, at most
-BLOCKS = 2048  # of a kernel that sums by channel, about; more where a thread would go on for long
+# Of a kernel for each multiprocessor, about; more where a thread would go on for long. On an H200, in bfloat16, with 3
+# backward took 10 % less time than with 16 for 64 channels of 32 x 32, and 25 % less for 512 of 4 x 4; others likewise.
+BLOCKS = {"moments": 4, "backward": 3, "gradient": 3}
 POSITIONS = (4, 256)  # of a thread, at least and at most where there are enough: so many float32 are added one by one
 
 
@@ -39,7 +42,7 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
         return nothing[0], nothing[1]
     mean, variance = (torch.empty(C, dtype=state, device=y.device) for _ in range(2))
     shape = (y.numel(), *channels_of(y))
-    tiling = _tiling(*shape, _neighbours(*shape, (y,)))
+    tiling = _tiling(*shape, _neighbours(*shape, (y,)), _blocks("moments", y))
     partials = torch.empty(C, tiling.slices, 3, dtype=state, device=y.device)
     template = NUMBERS[y.dtype]
     _start("moments", (template, *tiling.template), tiling.blocks, (y, partials, *tiling.sizes), y)
@@ -127,7 +130,7 @@ def backward(
     held = ((chunk + by_channel + 8 * parameters) * state.itemsize + read) // 4
     while vector > 1 and (vector * chunk * state.itemsize > HISTORY or vector * held > HELD["backward"]):
         vector //= 2
-    tiling = _tiling(*shape, vector)
+    tiling = _tiling(*shape, vector, _blocks("backward", y))
     chunks = -(-T // chunk)
     checkpoints = torch.empty(chunks - 1, N, dtype=state, device=device) if chunks > 1 else None
     partials = torch.empty(C, tiling.slices, len(sums), dtype=state, device=device)
@@ -159,7 +162,7 @@ def normalised_gradient(grad: Tensor, y: Tensor | None, coefficients: Tensor, *,
         y = None if y is None else alike(y, rows)
         coefficients = coefficients.contiguous()
         shape = (rows.numel(), *channels_of(rows))
-        tiling = _tiling(*shape, _neighbours(*shape, (rows, y, coefficients, out)))
+        tiling = _tiling(*shape, _neighbours(*shape, (rows, y, coefficients, out)), _blocks("gradient", rows))
         template = (NUMBERS[rows.dtype], *tiling.template, y is not None)
         arguments = (rows, y, coefficients, out, *tiling.sizes)
         _start("normalised_gradient", template, tiling.blocks, arguments, rows)
@@ -211,12 +214,16 @@ class _Tiling(NamedTuple):
         return -(-self.C // (self.template[1] * self.columns)) * self.slices
 
 
-def _tiling(size: int, C: int, channel_stride: int, vector: int) -> _Tiling:
-    """For `size` numbers."""
+def _blocks(kernel: str, like: Tensor) -> int:
+    return BLOCKS[kernel] * multiprocessors(like.device)
+
+
+def _tiling(size: int, C: int, channel_stride: int, vector: int, blocks: int = 1) -> _Tiling:
+    """For `size` numbers, about so many blocks."""
     inner = size if C == 1 else channel_stride
     positions = size // (C if inner == 1 else C * vector)
     groups = C // vector if inner == 1 else C  # of channels that a thread takes
     tiles = -(-groups // (COLUMNS if inner == 1 else 1))
     columns = -(-groups // tiles)
     least, most = (-(-positions // (THREADS // columns * each)) for each in reversed(POSITIONS))
-    return _Tiling(vector, C, inner, positions, columns, max(least, min(most, -(-BLOCKS // tiles))))
+    return _Tiling(vector, C, inner, positions, columns, max(least, min(most, -(-blocks // tiles))))

@@ -42,6 +42,10 @@ NEIGHBOURS_16_BIT = 8
 # each step just before their use, and a thread waits for memory three to five times for each tile; with 2, none is on
 # its way while one is computed. Counted by benchmarks/static.py; to change it, time 2, 3 and 4 on a GPU.
 STAGES = 3
+# Programs of _backward for each multiprocessor: of kernels of many registers, two run at once. On an H200, at T = 4 in
+# bfloat16, 2 took 10 % less time than 16 for 64 channels of 32 x 32, and half of it for 256 of 8 x 8; 3 took 12 % more.
+# Elsewhere two to four run at once, whose multiple 12 is.
+PROGRAMS = {"few": 2, "many": 12}
 
 _NUMBERS = ["tau", "inverse_tau", "decay", "threshold", "reset"]
 _STRIDES = ["N", "y_stride", "residual_stride"]
@@ -336,7 +340,9 @@ def backward(
         KEPT_LONG if time_steps > chunk else most
     ):
         together //= 2
-    tiles = tiling(given.N, given.C, given.channel_stride, dtype, THREADS * together)
+    # Two run at once where a thread takes 8 neighbours through 3 steps or more: see docs/cost.md.
+    programs = PROGRAMS["few" if together == 8 and min(time_steps, chunk) > 2 else "many"]
+    tiles = tiling(given.N, given.C, given.channel_stride, dtype, THREADS * together, y.device, programs)
     partials = torch.empty((tiles.splits, count, given.C), dtype=state, device=y.device)
     later = (time_steps - 1) // chunk
     checkpoints = torch.empty((later, given.N), dtype=state, device=y.device) if later else None

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch.device import multiprocessors
 from ..launch.triton import ACCESS
 
 CHANNELS = 64  # most channels of a tile where they are innermost: two lines of the cache, or one in 16 bits
-PROGRAMS = 2048  # where there is enough for all of them: several for each multiprocessor
 MOST_TURNS = 64  # a thread adds up so many tiles, one after the other; more of them would cost accuracy
 
 
@@ -29,15 +29,21 @@ class Tiling(NamedTuple):
     constants: dict[str, int | bool]
 
 
-def tiling(N: int, C: int, channel_stride: int, dtype: torch.dtype, elements: int) -> Tiling:
-    """Tiles of so many elements, a power of two, for N > 0 numbers of which n has channel n // channel_stride % C."""
+def tiling(
+    N: int, C: int, channel_stride: int, dtype: torch.dtype, elements: int, device: torch.device, programs: int
+) -> Tiling:
+    """Tiles of so many elements, a power of two, for N > 0 numbers of which n has channel n // channel_stride % C.
+
+    There are about `programs` for each multiprocessor: as many as run at once, or a multiple of that. Of more, the last
+    ones run while most multiprocessors have nothing left to do.
+    """
     inner = channel_stride if C > 1 else N
     last = C > 1 and inner == 1
     cols = min(triton.next_power_of_2(C), CHANNELS) if last else elements
     rows = elements // cols if last else 1
     positions, blocks = N // C, -(-C // cols) if last else C
     tiles = -(-positions // (rows if last else cols))
-    turns = min(-(-tiles // max(PROGRAMS // blocks, 1)), MOST_TURNS)
+    turns = min(-(-tiles // max(programs * multiprocessors(device) // blocks, 1)), MOST_TURNS)
     splits = -(-tiles // turns)
     aligned = math.gcd(C if last else inner, ACCESS // dtype.itemsize)
     constants = {"LAST": last, "ROWS": rows, "COLS": cols, "ALIGNED": aligned}

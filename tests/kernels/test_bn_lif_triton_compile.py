@@ -24,7 +24,7 @@ from seal_fast.kernels.lif.reference import state_dtype
 from triton_on_cpu import CAPABILITIES, compiling, machine_code, registers
 
 NAMES = ("_statistics", "_merge", "_forward", "_backward", "_add", "_normalised_gradient")
-MOST = dict(zip(NAMES, (128, 128, 160, 255, 64, 96), strict=True))  # registers; measured 96, 0, 118, 247, 0 and 48
+MOST = dict(zip(NAMES, (128, 96, 160, 255, 64, 112), strict=True))  # registers; measured 113, 86, 118, 247, 53 and 102
 SHARED_MEMORY = 99 << 10  # bytes that a block may have on a GPU of compute capability 8.6, 8.9 or 12.0; measured 48 KB
 
 
@@ -144,31 +144,38 @@ def test_bfloat16_is_rounded_to_nearest():
         assert "cvt.rz.bf16" not in kernels[name].asm["ptx"]
 
 
+def found(kernels):
+    """(Name, how many compilations of it there are) of the kernels that were launched."""
+    return Counter(name for name, _ in {(each.name, id(each)) for each in kernels}).items()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sizes_do_not_compile_anew(layout):
-    """Neither a batch, nor a resolution, nor numbers."""
+    """Neither a batch, nor a resolution, nor numbers; but few and many partial results have a kernel each."""
     with compiling(90) as kernels:
         for shape in ((2, 64, 8, 8), (1, 64, 4, 2), (3, 64, 24, 24), (70, 64, 56, 56)):
             y = LAYOUTS[layout](torch.zeros(4 * shape[0], *shape[1:], device="meta" if shape[0] == 70 else "cpu"))
             launch(
                 y if shape[0] < 70 else torch.empty_like(y, device="cpu"), options=replace(PUBLISHED, tau=1 + shape[0])
             )
-    assert len(kernels) == 4 * 5
-    assert len({id(compilation) for compilation in kernels}) == 5
+    counts = dict(found(kernels))
+    assert counts.pop("_merge") <= 2
+    assert counts.pop("_add") <= 2
+    assert set(counts.values()) == {1}
 
 
 def test_channels_compile_anew_only_where_they_are_innermost():
     with compiling(90) as kernels:
         for channels in (3, 64, 130, 1):
             launch(torch.zeros(4, channels, 8, 8))
-    assert len({id(compilation) for compilation in kernels}) == 5
+    assert found(kernels) == dict.fromkeys(NAMES, 1).items() - {("_add", 1)}
 
 
 def test_whole_chunks_more_do_not_compile_anew():
     with compiling(90) as kernels:
         for T in (17, 33, 81):
             launch(torch.zeros(T, 4, 8, 8), T)
-    assert len({id(compilation) for compilation in kernels}) == 5
+    assert found(kernels) == dict.fromkeys(NAMES, 1).items() - {("_add", 1)}
 
 
 class Calls(TorchDispatchMode):
@@ -211,7 +218,7 @@ def test_constants_in_tensors_are_not_waited_for():
 def test_two_to_the_33_numbers_are_counted_in_one_grid(layout):
     shape = (2**31, 4, 1) if layout == "channels_last" else (1, 4, 2**31)
     y = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    tiling = triton_tiles.tiling(y.numel(), 4, y.stride(1), y.dtype, 2048)
+    tiling = triton_tiles.tiling(y.numel(), 4, y.stride(1), y.dtype, 2048, y.device, 12)
     assert tiling.programs < 2**31  # the most programs on the first axis
     assert (
         tiling.programs * tiling.positions * tiling.constants["COLS" if tiling.constants["LAST"] else "ROWS"] >= 2**33

@@ -120,9 +120,9 @@ MANY_TILES = [((37, 2, 9, 11), "contiguous"), ((3, 2, 30, 50), "contiguous"), ((
 
 
 @pytest.mark.parametrize(("shape", "layout"), MANY_TILES, ids=str)
-@pytest.mark.parametrize(("programs", "turns"), [(2, 64), (5, 64), (2048, 2)])
-def test_programs_share_tiles(shape, layout, programs, turns, monkeypatch):
-    monkeypatch.setattr(triton_tiles, "PROGRAMS", programs)
+@pytest.mark.parametrize(("multiprocessors", "turns"), [(1, 64), (3, 64), (1000, 2)])
+def test_programs_share_tiles(shape, layout, multiprocessors, turns, monkeypatch):
+    monkeypatch.setattr(triton_tiles, "multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(triton_tiles, "MOST_TURNS", turns)
     check(shape, "normalised residual", layout, torch.float32, 1, with_m=True)
     y = expected.normal(shape, torch.float32, 1, layout, DEVICE)
