@@ -65,6 +65,10 @@ class Step:
                 gradient is that of the mean over the batch, however it is cut.
             first: Whether the batch begins with this part.
             last: Whether it ends with it; only then the ranks exchange gradients, and the optimiser steps.
+
+        Returns:
+            What the task found, its loss detached: a loss that keeps its graph would tie the parameters' gradients to
+            the stream of this step.
         """
         if first:
             self.optimizer.zero_grad(set_to_none=True)
@@ -74,7 +78,7 @@ class Step:
             self.scaler.scale(outcome.loss if weight == 1 else outcome.loss * weight).backward()
         if last:
             self._update()
-        return outcome
+        return outcome._replace(loss=outcome.loss.detach())
 
     def _update(self) -> None:
         if not self.scaler.is_enabled():
@@ -100,6 +104,8 @@ class GraphedStep(Step):
         super().__init__(task, optimizer, scaler, **options)
         for group in optimizer.param_groups:  # a graph keeps numbers as they were, and reads tensors anew
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(self.device)
+        # For the steps before the capture and the capture: libraries keep memory for each stream that they have seen.
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.steps = 0
         self.batch: tuple[Tensor, Tensor] | None = None
         self.outcome: Outcome | None = None
@@ -124,12 +130,12 @@ class GraphedStep(Step):
         self.outcome = Step.__call__(self, *self.batch)
 
     def _warm_up(self, inputs: Tensor, labels: Tensor) -> Outcome:
-        """On a stream of its own, as a capture will be, and on the very tensors: kernels depend on their layout."""
-        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        """On the stream of the capture to come, and on the very tensors: kernels depend on their layout."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
             outcome = super().__call__(inputs, labels)
-        current.wait_stream(stream)
+        current.wait_stream(self.stream)
         return outcome
 
     def _capture(self, function):
@@ -138,6 +144,6 @@ class GraphedStep(Step):
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         # The thread that pins batches may go on meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             function()
         return graph.replay

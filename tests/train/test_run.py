@@ -201,6 +201,35 @@ def test_the_loss_runs_on_kernels_that_take_so_many_time_steps(T, installed, cho
     assert found == {"lif": installed, "bn_lif": installed, "seal_loss": chosen}
 
 
+FAST = {"device": "cuda:0", "amp": "bf16", "accumulate": 1, "backend": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "captured"),
+    [
+        ({}, True),
+        ({"backend": "cupy"}, True),
+        ({"device": "cpu"}, False),
+        ({"amp": "off"}, False),  # torch computes as published
+        ({"amp": "fp16"}, False),  # its scaler skips steps
+        ({"accumulate": 2}, False),
+        ({"backend": "torch"}, False),
+    ],
+    ids=str,
+)
+def test_steps_are_captured_by_default_where_they_can_be(changed, captured):
+    assert checks.graph_by_default(Namespace(**{**FAST, **changed})) == captured
+
+
+def test_steps_are_captured_where_nobody_asked_only_by_default(monkeypatch):
+    words = "--dataset CIFAR10 --method ce --device cpu".split()
+    parse = options.distill_parser().parse_args
+    assert checks.resolve(parse(words), role="student").cuda_graph is False
+    monkeypatch.setattr(checks, "graph_by_default", lambda args: True)
+    assert checks.resolve(parse(words), role="student").cuda_graph is True
+    assert checks.resolve(parse([*words, "--cuda_graph", "false"]), role="student").cuda_graph is False
+
+
 def test_last_batch_of_one_is_left_out(tmp_path):
     # 1,437 = 4·359 + 1
     args = checks.resolve(
