@@ -30,6 +30,7 @@ SECONDS = 0.1  # for each figure
 SHAPE = (4, 2 if record.rehearsing() else 256, 64, 32, 32)
 # What ResNet-18 for CIFAR has at a batch of 128 beside the first: SHAPE of its stages, for tuning.
 STAGES = [(4, SHAPE[1] // 2, 64 << i, 32 >> i, 32 >> i) for i in range(4)]
+BLOCKS_OF = ("moments", "backward", "backward, contiguous", "gradient")
 # operator -> backend -> other values of constants of kernels/: several at once, or one
 CANDIDATES: dict[str, dict[str, list[dict[str, object]]]] = {
     "lif": {
@@ -47,7 +48,7 @@ CANDIDATES: dict[str, dict[str, list[dict[str, object]]]] = {
         ],
         "cupy": [
             {"bn_lif.cupy.NEIGHBOURS_16_BIT": 8},
-            *({"bn_lif.cupy.BLOCKS": dict.fromkeys(("moments", "backward", "gradient"), n)} for n in (2, 4, 5, 6, 8)),
+            *({"bn_lif.cupy.BLOCKS": dict.fromkeys(BLOCKS_OF, n)} for n in (2, 3, 4, 5, 6, 8, 16)),
         ],
     },
 }

@@ -9,8 +9,12 @@ import pytest
 import quality
 import tables
 from figures import exponent
+from gpu import report
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+WHOLE, COST = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/cost.md"))
+GPU = WHOLE.split("### On a GPU")[1].split("### On a processor")[0]
+README = WHOLE.replace(GPU, "")
 TABLE = tables.read(tables.FOLDER / re.search(r"benchmarks/results/(\S+\.csv)", README)[1])
 STEP = "training step, resnet18-cifar: resnet18 <- resnet34, T 4, 32 x [3, 32, 32]"
 STEPS = {
@@ -58,6 +62,18 @@ def test_kernels(name):
     ours, theirs = (tables.find(TABLE, benchmark, group, contestant, "time") for contestant in ("seal-fast cpu", peer))
     faster = tables.find(TABLE, benchmark, group, peer, "time_of_first")
     assert cells(name) == [f"{1e3 * ours.median:.2f} ms", f"{1e3 * theirs.median:.2f} ms", faster.shown(".1f")]
+
+
+def test_figures_of_a_gpu():
+    """README and docs/cost.md have the tables that gpu.report makes of the committed run."""
+    found = report.entries(ROOT / re.search(r"benchmarks/results/\S+?\.jsonl", GPU)[0])
+    for place, shown in ((GPU, (report.steps, report.operators)), (COST, (report.kernels, report.parts))):
+        for table in shown:
+            assert "\n".join(table(found)) in place
+    assert {entry["gpu"].partition(",")[0] for entry in found if "gpu" in entry} == {"NVIDIA H200"}
+    (versions,) = (entry["versions"] for entry in found if "versions" in entry)
+    for package, name in (("torch", "PyTorch"), ("triton", "Triton"), ("spikingjelly", "SpikingJelly")):
+        assert f"{name} {versions[package].removesuffix('.0')}" in GPU
 
 
 def test_every_row_is_compared():

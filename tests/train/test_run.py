@@ -222,7 +222,7 @@ def test_steps_are_captured_by_default_where_they_can_be(changed, captured):
 
 
 def test_steps_are_captured_where_nobody_asked_only_by_default(monkeypatch):
-    words = "--dataset CIFAR10 --method ce --device cpu".split()
+    words = ["--dataset", "CIFAR10", "--method", "ce", "--device", "cpu"]
     parse = options.distill_parser().parse_args
     assert checks.resolve(parse(words), role="student").cuda_graph is False
     monkeypatch.setattr(checks, "graph_by_default", lambda args: True)

@@ -1,0 +1,157 @@
+"""The tables of README.md and docs/cost.md, from what a run on a GPU found.
+
+python -m gpu.report benchmarks/results/nvidia-h200/3-figures.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16"}
+LAYOUTS = {"torch.channels_last": "channels_last", "torch.contiguous_format": "contiguous"}
+NEURON_STEPS = 4 * 256 * 64 * 32 * 32  # of the tensors whose kernels are timed
+# operator, call and what the kernel's name contains -> what it is, and how many tensors of x's size it reads and writes
+KERNELS = {
+    ("lif", "forward", "forward"): ("LIF forward", 2),
+    ("lif", "backward", "backward"): ("LIF backward", 3),
+    ("bn_lif", "forward", "_statistics|moments"): ("batch norm statistics", 1),
+    ("bn_lif", "forward", "_forward"): ("batch norm + LIF forward", 2),
+    ("bn_lif", "backward", "_backward"): ("batch norm + LIF backward", 3),
+    ("bn_lif", "backward", "normalised_gradient"): ("batch norm gradient", 3),
+}
+# What the GPU's kernels in a step are for, by their names, in the order in which they are asked.
+PARTS = {
+    "convolutions and linear layers": "xmma|cudnn|cutlass|gemm|splitKreduce|nchwToNhwc|nhwcToNchw",
+    "batch norm + LIF, over activations": "_statistics|_forward|_backward|normalised_gradient|moments",
+    "merging of partial sums": "_merge|_add$|mean_and_variance|add_slices",
+    "loss": "seal_loss|_scale",
+    "torch's operations": "",
+}
+
+
+def entries(path: Path) -> list[dict]:
+    """What the run found."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def steps(found: list[dict]) -> Iterator[str]:
+    """Training steps: rows of a table."""
+    peers = {entry["contestant"]: entry for entry in found if entry.get("operator") == "training"}
+    own = {
+        (entry["contestant"], entry["graph"], entry.get("packed", False)): entry
+        for entry in found
+        if entry["stage"] == "steps" and entry.get("precision") == "bf16"
+    }
+    rows = {
+        "published formulation, eager float32": peers["published, eager"],
+        f"{peers['tuned control']['note']}, tuned: bfloat16, channels_last": peers["tuned control"],
+        "seal-fast, bfloat16, launched one by one": own["ours auto", False, False],
+        "seal-fast, bfloat16, as one CUDA graph (default)": own["ours auto", True, False],
+        "the same with packed spikes": own["ours auto", True, True],
+        "convolutions and linear layers alone, launched one by one": own["convolutions alone", False, False],
+        "the same as one CUDA graph": own["convolutions alone", True, False],
+    }
+    first = rows["published formulation, eager float32"]["ms"]
+    floor = rows["the same as one CUDA graph"]["ms"]
+    yield "| step | time | images/s | speed, published = 1 | time, last row = 1 | peak memory |"
+    yield "|---|---|---|---|---|---|"
+    for name, entry in rows.items():
+        memory = "" if "convolutions" in entry["contestant"] else f"{entry['peak_MiB']:,.0f} MiB"
+        figures = (
+            f"{entry['ms']:.2f} ms | {entry['images_s']:,.0f} | {first / entry['ms']:.2f} | {entry['ms'] / floor:.2f}"
+        )
+        yield f"| {name} | {figures} | {memory} |"
+
+
+def operators(found: list[dict]) -> Iterator[str]:
+    """Forward with backward of each operator beside its fastest peer: rows of a table."""
+    cases: dict[tuple, list[dict]] = {}
+    for entry in found:
+        if entry["stage"] == "peers" and entry.get("operator") in ("lif", "bn_lif", "seal_loss") and "ms" in entry:
+            dtype, layout = DTYPES.get(entry.get("dtype"), ""), LAYOUTS.get(entry.get("layout"), "")
+            shape = str(entry.get("shape", "")) if entry["operator"] == "seal_loss" else ""
+            cases.setdefault((entry["operator"], dtype, layout, shape), []).append(entry)
+    yield "| forward and backward | seal-fast | fastest peer | times faster | as the caller waits |"
+    yield "|---|---|---|---|---|"
+    names = {"lif": "LIF", "bn_lif": "batch norm + LIF", "seal_loss": "loss"}
+    for (operator, *case), group in cases.items():
+        ours, theirs = (
+            min((entry for entry in group if _own(entry) == own), key=lambda entry: entry["ms"])
+            for own in (True, False)
+        )
+        name = ", ".join(filter(None, (names[operator], *case)))
+        figures = (
+            f"{_time(ours['ms'])}, {ours['contestant'].split()[-1]} | {_time(theirs['ms'])}, {theirs['contestant']}"
+        )
+        yield (
+            f"| {name} | {figures} | {theirs['ms'] / ours['ms']:.1f} | {_time(ours['wall_ms'])} and "
+            f"{_time(theirs['wall_ms'])}: {theirs['wall_ms'] / ours['wall_ms']:.1f} |"
+        )
+
+
+def _own(entry: dict) -> bool:
+    return entry["contestant"].startswith("seal-fast")
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds:.3f} ms" if milliseconds < 1 else f"{milliseconds:.2f} ms"
+
+
+def kernels(found: list[dict]) -> Iterator[str]:
+    """Each kernel, by the profiler, beside the time of a copy of as many bytes: rows of a table."""
+    copied = max(entry["copy_TB_s"] for entry in found if "copy_TB_s" in entry)
+    rows: dict[tuple, dict[str, str]] = {}
+    for entry in found:
+        if entry["stage"] != "times" or not entry.get("profiled") or entry.get("residual"):
+            continue
+        dtype, layout = DTYPES[entry["dtype"]], LAYOUTS.get(entry.get("layout"), "any")
+        for (operator, call, pattern), (name, tensors) in KERNELS.items():
+            for kernel, _, time in entry.get(f"{call}_kernels", ()) if operator == entry["operator"] else ():
+                if "at::" not in kernel and re.search(pattern, _name(kernel)):
+                    predicted = tensors * NEURON_STEPS * (4 if dtype == "float32" else 2) / copied / 1e6
+                    row = rows.setdefault((name, dtype, layout, f"{predicted:.1f} us"), {})
+                    row[entry["backend"]] = f"{time:.1f} us, {predicted / time:.0%}"
+    yield "| kernel | dtype | layout | predicted | Triton | CuPy |"
+    yield "|---|---|---|---|---|---|"
+    for facts, times in rows.items():
+        yield f"| {' | '.join(facts)} | {times.get('triton', '')} | {times.get('cupy', '')} |"
+
+
+def parts(found: list[dict]) -> Iterator[str]:
+    """What the GPU does in a step: rows of a table."""
+    step = next(entry for entry in found if entry["stage"] == "steps" and entry.get("graph") and "losses" in entry)
+    alone = next(entry for entry in found if entry.get("contestant") == "convolutions alone" and entry["graph"])
+    yield "| in a step as one CUDA graph | kernels | time | convolutions alone |"
+    yield "|---|---|---|---|"
+    whole = []
+    for shown in (step, alone):
+        sums = dict.fromkeys(PARTS, (0.0, 0.0))
+        for kernel, count, time in shown["step_kernels"]:
+            part = next(part for part, pattern in PARTS.items() if _belongs(kernel, pattern))
+            sums[part] = sums[part][0] + count, sums[part][1] + time
+        sums["between kernels"] = 0.0, 1e3 * shown["ms"] - sum(time for _, time in sums.values())
+        whole.append(sums)
+    for part, (count, time) in whole[0].items():
+        other = whole[1][part][1]
+        cells = part, f"{count:.0f}" if count else "", f"{time / 1e3:.2f} ms", f"{other / 1e3:.2f} ms" if other else ""
+        yield f"| {' | '.join(cells)} |"
+
+
+def _belongs(kernel: str, pattern: str) -> bool:
+    return not pattern or ("at::" not in kernel and re.search(pattern, _name(kernel)) is not None)
+
+
+def _name(kernel: str) -> str:
+    """Of a kernel, without its result, template arguments and parameters."""
+    return re.sub(r"^void |[<(].*", "", kernel)
+
+
+TABLES: tuple[Callable[[list[dict]], Iterator[str]], ...] = (steps, operators, parts, kernels)
+
+if __name__ == "__main__":
+    for table in TABLES:
+        print("\n".join(table(entries(Path(sys.argv[1])))), end="\n\n")
