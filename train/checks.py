@@ -98,7 +98,10 @@ def _check_shared(args: argparse.Namespace) -> None:
 
 
 def graph_by_default(args: argparse.Namespace) -> bool:
-    """Whether steps are captured in a CUDA graph if nothing is said: where they can be, and the fast kernels run."""
+    """Whether steps are captured in a CUDA graph if nothing is said: where they can be, in bfloat16, but not torch's.
+
+    In float32 a step is by default what was published, launched as it was; `--cuda_graph` captures it, too.
+    """
     return not _no_graph(args) and args.amp == "bf16" and getattr(args, "backend", None) != "torch"
 
 

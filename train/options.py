@@ -203,8 +203,8 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         machine,
         "--cuda_graph",
         None,
-        "replay each step as one CUDA graph: faster, as the host has less to do (default: on a GPU with --amp bf16, "
-        "for one process and whole batches, unless --backend is torch)",
+        "replay each step as one CUDA graph: faster, as the host has less to do, but it keeps a step's memory "
+        "(default: on a GPU with --amp bf16, for one process and whole batches, unless --backend is torch)",
     )
 
 

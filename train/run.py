@@ -93,7 +93,7 @@ def optimizer_of(network: torch.nn.Module, args: argparse.Namespace, *, spiking:
     """The optimiser that --optim, --lr and --wd describe."""
     groups = parameter_groups(network, args.wd, spiking=spiking)
     kind = {"SGDM": torch.optim.SGD, "ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW}[args.optim]
-    settings = {"momentum": 0.9} if args.optim == "SGDM" else {"capturable": args.cuda_graph}
+    settings = {"momentum": 0.9} if args.optim == "SGDM" else {}
     fused = next(network.parameters()).device.type in ("cpu", "cuda")
     return kind(groups, lr=args.lr, fused=fused, **settings)
 
@@ -132,7 +132,7 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
         if state.epoch >= args.num_epoch:
             raise UsageError(f"--resume: the run in {run.folder} has already finished its {args.num_epoch} epochs.")
     packed = getattr(args, "packed_spikes", False)
-    kind = GraphedStep if args.cuda_graph else Step
+    kind = functools.partial(GraphedStep, batch_size=args.train_batch_size) if args.cuda_graph else Step
     step = kind(task, optimizer, scaler, device=device, amp=args.amp, packed=packed)
 
     def save(done: int, meters: Meters | None) -> None:
@@ -215,6 +215,7 @@ def _announce(args: argparse.Namespace, splits: data.Splits, run: Run, state: St
     ranks.say(
         f"{splits.name}: {len(splits.train)} training and {len(splits.val)} validation samples, "
         f"{splits.num_classes} classes; device {args.device}, amp {args.amp}, kernels: {kernels}; "
+        f"{'steps as CUDA graphs; ' if args.cuda_graph else ''}"
         f"{f'{ranks.size()} ranks; ' if ranks.size() > 1 else ''}"
         f"{f'the last {left_out} of each epoch are too few for a batch; ' if left_out > 0 else ''}"
         f"epochs {state.epoch + 1} to {args.num_epoch}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
 
 from seal_fast import packed_spikes
+from seal_fast.train.errors import TrainingError
 from seal_fast.train.tasks import Outcome
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,29 +95,39 @@ class Step:
 class GraphedStep(Step):
     """A step that is captured in a CUDA graph, so that the host launches one thing instead of a thousand.
 
-    Batches of the most frequent size are copied to one place. The first of them are trained on as ever, while kernels
-    compile and libraries choose theirs; then the step is captured, and replayed. Batches of another size, as the last
-    of an epoch may be, are never captured. What a replay returns is overwritten by the next.
+    Batches of `batch_size` are copied to one place. The first of them are trained on as ever, while kernels compile and
+    libraries choose theirs; then the step is captured, and replayed. Batches of another size, as the last of an epoch
+    may be, are never captured. What a replay returns is overwritten by the next. The graph keeps the memory of a whole
+    step for itself.
+
+    Args:
+        batch_size: Images of the batches that are captured.
     """
 
     WARM_UP = 3  # steps before the capture
 
-    def __init__(self, task, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, **options):
+    def __init__(
+        self, task, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, batch_size: int, **options
+    ):
         super().__init__(task, optimizer, scaler, **options)
+        self.batch_size = batch_size
         for group in optimizer.param_groups:  # a graph keeps numbers as they were, and reads tensors anew
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(self.device)
-        # For the steps before the capture and the capture: libraries keep memory for each stream that they have seen.
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.steps = 0
         self.batch: tuple[Tensor, Tensor] | None = None
         self.outcome: Outcome | None = None
         self.replay = None
 
+    @functools.cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Of the steps before the capture and of the capture: libraries keep memory for each stream that they meet."""
+        return torch.cuda.Stream(self.device)
+
     def __call__(self, inputs: Tensor, labels: Tensor, **whole) -> Outcome:  # noqa: D102
+        if len(labels) != self.batch_size:
+            return super().__call__(inputs, labels)
         if self.batch is None:
             self.batch = torch.empty_like(inputs), torch.empty_like(labels)
-        if any(held.shape != given.shape for held, given in zip(self.batch, (inputs, labels), strict=True)):
-            return super().__call__(inputs, labels)
         for held, given in zip(self.batch, (inputs, labels), strict=True):
             held.copy_(given)
         self.steps += 1
@@ -139,11 +151,33 @@ class GraphedStep(Step):
         return outcome
 
     def _capture(self, function):
-        """What runs `function` again on the device; capturing does not run it."""
+        """What runs `function` again on the device; capturing does not run it.
+
+        Raises:
+            TrainingError: It cannot be captured.
+        """
         self.optimizer.zero_grad(set_to_none=True)  # gradients get places that belong to the graph
         torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
         # The thread that pins batches may go on meanwhile.
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            function()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with self._capturable(), torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                function()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise TrainingError(
+                f"a step cannot be captured in a CUDA graph ({reason}); pass --cuda_graph false."
+            ) from error
         return graph.replay
+
+    @contextlib.contextmanager
+    def _capturable(self):
+        """Adam wants to be told that it is captured; where it is told and is not, it warns."""
+        told = [group for group in self.optimizer.param_groups if "capturable" in group]
+        for group in told:
+            group["capturable"] = True
+        try:
+            yield
+        finally:
+            for group in told:
+                group["capturable"] = False

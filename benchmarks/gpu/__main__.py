@@ -37,9 +37,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--seconds", type=float, default=540, help="for all stages together (default: %(default)s)")
     parser.add_argument("--stages", help="only these, separated by commas")
-    parser.add_argument(
-        "--jobs", type=re.compile, help="only processes in whose names this regular expression is found"
-    )
+    parser.add_argument("--jobs", type=_pattern, help="only processes in whose names this regular expression is found")
     parser.add_argument("--results", type=Path, help="folder for what is found")
     parser.add_argument(
         "--kernels", type=Path, default=prebuilt.FILE, help="kernels compiled beforehand (default: %(default)s)"
@@ -51,6 +49,12 @@ def main(arguments: list[str]) -> int:
     unknown = [name for name in chosen if name not in stages]
     if unknown:
         print(f"stages are {', '.join(stages)}; got {unknown[0]!r}.")
+        return 2
+    wanted = {name: _of(stages[name], options.jobs) for name in chosen}
+    if options.jobs:
+        wanted = {name: stage for name, stage in wanted.items() if stage.jobs}
+    if not wanted:
+        print(f"no process of these stages has a name in which {options.jobs.pattern!r} is found.")
         return 2
     if not options.rehearse and not torch.cuda.is_available():
         print("make gpu needs an NVIDIA GPU that torch finds; without one, make test checks the kernels.")
@@ -68,11 +72,17 @@ def main(arguments: list[str]) -> int:
             record.write(stage="machine", kernels=said)
         environment = {**caches, **(REHEARSAL if options.rehearse else {})}
         left = options.seconds - (time.monotonic() - BEGUN)
-        some = {name: _of(stages[name], options.jobs) for name in chosen}
-        run(some, folder, left, environment, lambda stage: _show(stage, folder))
+        run(wanted, folder, left, environment, lambda stage: _show(stage, folder))
     entries = read(folder)
     print(table.short(entries))
     return 0 if all(entry.get("ended") == "ok" for entry in entries if "ended" in entry) else 1
+
+
+def _pattern(text: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
 
 
 def _of(stage: Stage, jobs: re.Pattern | None) -> Stage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -20,23 +21,24 @@ SLEEP = 4_000_000  # cycles of sleep for each millisecond of the host: two, at t
 def operator(run: Callable[[], object], seconds: float = 0.2) -> dict[str, float]:
     """Milliseconds that the GPU takes for the kernels of `run`, median and best, and the host to launch them.
 
-    The GPU is kept busy while the host launches, so that it is not the host that is timed. The caches are as the call
-    before leaves them: the data of a call should be several times the L2 cache.
+    The GPU is kept busy while the host launches, so that it is not the host that is timed; but it is where `run` waits
+    for the GPU, as the published loss does. The caches are as the call before leaves them: the data of a call should
+    be several times the L2 cache.
     """
     return _timed(run, seconds, LAUNCHES, asleep=True)
 
 
 def step(run: Callable[[], object], seconds: float = 1.0) -> dict[str, float]:
-    """Milliseconds of `run` as its caller sees them, on a GPU that waits for the host; and the host's own."""
+    """Milliseconds of `run` on a GPU that waits for the host, from the first launch to the last kernel's end."""
     return _timed(run, seconds, 1, asleep=False)
 
 
-def kernels(run: Callable[[], object], calls: int = 20, most: int = 12) -> list[tuple[str, float, float]]:
+def kernels(run: Callable[[], object], calls: int = 20) -> list[tuple[str, float, float]]:
     """What the GPU runs for a call of `run`, by the profiler, which slows down what its process times afterwards.
 
     Returns:
-        The `most` kernels that take longest: name, how often a call launches it, and microseconds of all of these
-        launches, as many times the median.
+        Each kernel's name, how often a call launches it, and the microseconds of all these launches, the mean of the
+        calls; the longest first.
     """
     for _ in range(WARM_UP):
         run()
@@ -49,9 +51,31 @@ def kernels(run: Callable[[], object], calls: int = 20, most: int = 12) -> list[
     for event in profile.events():
         if event.device_type == DeviceType.CUDA:
             found[event.name].append(event.time_range.elapsed_us())
-    counts = {name: len(times) / calls for name, times in found.items()}
-    rows = [(name[:120], counts[name], round(counts[name] * statistics.median(found[name]), 1)) for name in found]
-    return sorted(rows, key=lambda row: -row[2])[:most]
+    rows = [(name[:120], len(times) / calls, round(sum(times) / calls, 1)) for name, times in found.items()]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def captured(run: Callable[[], object], warm_up: int = 3) -> Callable[[], object]:
+    """`run` as one CUDA graph, after as many calls as it takes to compile and to choose kernels."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    forget()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
+
+
+def forget() -> None:
+    """Free what nothing uses, and begin to watch the peak of memory."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def _timed(run, seconds: float, launches: int, *, asleep: bool) -> dict[str, float]:

@@ -19,6 +19,7 @@ from gpu.stages import ROOT, SINGLE, Job, Stage
 GRACE = 5  # seconds that a process has to end by itself after its limit, and again after it was killed
 LOG_BYTES = 1 << 18  # of a job's output that are kept, of its beginning and of its end together
 MIN_SECONDS = 5  # with fewer left, a stage is left out
+POLL = 0.2  # seconds between two looks at who has the GPU
 MIN_SHARE = 15  # seconds that a job has at the least, if its stage has
 ROOMS = ("kernels", "train")  # of the library, that lie beside it in the tree
 _SITE = "SEAL_FAST_GPU_SITE"  # where processes start: Python looks for modules there first
@@ -46,6 +47,7 @@ def run(
         for name, stage in stages.items():
             _run_stage(name, stage, folder, end - time.monotonic(), environment)
             ended(name)
+        Path(environment[record.RESULTS] + record.LOCK).unlink(missing_ok=True)
 
 
 def _paths(site: Path) -> dict[str, str]:
@@ -82,10 +84,9 @@ def _run_stage(name: str, stage: Stage, folder: Path, left: float, environment: 
 def _run_one(stage: str, job: Job, folder: Path, deadline: float, share: float, environment: dict[str, str]) -> None:
     """Run a process until it ends or its time is over; its processes end with it."""
     begun = time.monotonic()
-    deadline = min(deadline, begun + share)
     with tempfile.TemporaryFile() as output:
         try:
-            ended = _ended(job, output, deadline, environment)
+            ended = _ended(job, output, deadline, share, environment)
         except OSError as error:
             ended = f"did not start: {error}"
         output.seek(0)
@@ -97,10 +98,9 @@ def _run_one(stage: str, job: Job, folder: Path, deadline: float, share: float, 
     _write(folder, stage=stage, job=job.name, ended=ended, seconds=round(time.monotonic() - begun, 1))
 
 
-def _ended(job: Job, output, deadline: float, environment: dict[str, str]) -> str:
+def _ended(job: Job, output, deadline: float, share: float, environment: dict[str, str]) -> str:
     """How the process ended: ok, exit status or signal, or that its time was over."""
-    left = deadline - time.monotonic()
-    if left <= 0:
+    if deadline <= time.monotonic():
         return "left out: no time was left"
     # A worker of pytest-xdist may have started this; the pytest of a stage would take itself for one.
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
@@ -114,7 +114,7 @@ def _ended(job: Job, output, deadline: float, environment: dict[str, str]) -> st
         start_new_session=True,  # so that its workers end with it
     )
     try:
-        code = process.wait(left)
+        code = _wait(process, deadline, share, Path(environment[record.RESULTS] + record.LOCK))
         return "ok" if code == 0 else f"exit {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
     except subprocess.TimeoutExpired:
         with contextlib.suppress(ProcessLookupError):
@@ -127,6 +127,26 @@ def _ended(job: Job, output, deadline: float, environment: dict[str, str]) -> st
             os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)  # one that waits in the driver cannot be killed
+
+
+def _wait(process: subprocess.Popen, deadline: float, share: float, lock: Path) -> int:
+    """The exit status of the process, which may take `share` seconds, beside those in which another one has the GPU.
+
+    Raises:
+        TimeoutExpired: Its time is over.
+    """
+    used, last = 0.0, time.monotonic()
+    while True:
+        try:
+            return process.wait(max(min(POLL, deadline - last), 0))
+        except subprocess.TimeoutExpired:
+            now = time.monotonic()
+            holder = lock.read_text(encoding="utf-8") if lock.exists() else ""
+            if holder in ("", str(process.pid)):
+                used += now - last
+            last = now
+            if now >= deadline or used >= share:
+                raise
 
 
 def _write(folder: Path, **entry) -> None:

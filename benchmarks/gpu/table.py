@@ -101,7 +101,7 @@ def _steps(entries):
 
 def _peers(entries):
     for entry in _of(entries, "peers"):
-        yield f"peers    {_case(entry):66s} {_step(entry)}"
+        yield f"peers    {_case(entry) + (', graph' if entry.get('graph') else ''):66s} {_step(entry)}"
 
 
 def _kernels(entries):

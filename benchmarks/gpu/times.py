@@ -4,7 +4,7 @@
     python -m gpu.times OPERATOR BACKEND candidates     with other values of tuned constants
 
 `forward_TB_s` and the like are the bytes that the kernels of the call read and write, over the time that it takes, and
-`forward_wall_ms` is what a caller sees who waits for each call. The profiler then tells the kernels of each call apart.
+`forward_wall_ms` is what a call takes that begins on an idle GPU. The profiler then tells the kernels of a call apart.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ python -m gpu.training_steps PRECISION     off (float32) or bf16
 
 from __future__ import annotations
 
-import gc
 import sys
 
 import torch
@@ -39,7 +38,8 @@ def make(problem: Problem, kind: type[Step], backend: str, amp: str, packed: boo
     task = DistillTask(student, teacher, method="seal", temperature=3.0, backend=backend, **WEIGHTS)
     optimizer = torch.optim.SGD(parameter_groups(student, WEIGHT_DECAY, spiking=True), **SGD, fused=True)
     scaler = torch.amp.GradScaler(problem.device.type, enabled=False)
-    return kind(task, optimizer, scaler, device=problem.device, amp=amp, packed=packed)
+    options = {"batch_size": len(problem.labels)} if kind is GraphedStep else {}
+    return kind(task, optimizer, scaler, device=problem.device, amp=amp, packed=packed, **options)
 
 
 def ours(problem: Problem, amp: str, backend: str, graph: bool, packed: bool) -> None:
@@ -51,13 +51,13 @@ def ours(problem: Problem, amp: str, backend: str, graph: bool, packed: bool) ->
         losses = []
         for i in range(GraphedStep.WARM_UP + LOSSES):
             if i == GraphedStep.WARM_UP:  # until then libraries try what is fastest, and take memory for it
-                _forget()
+                clock.forget()
             losses.append(step(batches[i % 2], problem.labels).loss.item())
         entry["losses"] = losses
         run = lambda: step(problem.inputs, problem.labels)
         _note(entry, problem, run)
         if not packed and not record.rehearsing():
-            entry["step_kernels"] = clock.kernels(run, calls=3, most=60)
+            entry["step_kernels"] = clock.kernels(run, calls=3)
 
 
 def convolutions(problem: Problem, amp: str) -> None:
@@ -66,31 +66,10 @@ def convolutions(problem: Problem, amp: str) -> None:
     for graph in (True, False):
         facts = {"contestant": "convolutions alone", "precision": amp, "graph": graph}
         with record.attempt(stage="steps", case=CASE, **facts) as entry:
-            replay = _captured(run) if graph else run
+            clock.forget()
+            replay = clock.captured(run) if graph else run
             _note(entry, problem, replay)
-            entry["step_kernels"] = [] if record.rehearsing() else clock.kernels(replay, calls=3, most=60)
-
-
-def _captured(run):
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(GraphedStep.WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    _forget()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def _forget() -> None:
-    """Free what nothing uses, and begin to watch the peak of memory."""
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+            entry["step_kernels"] = [] if record.rehearsing() else clock.kernels(replay, calls=3)
 
 
 def _note(entry: dict, problem: Problem, run) -> None:

@@ -101,7 +101,7 @@ def _merge(
     squares = tl.zeros([SPLITS, BLOCK], STATE)
     for begin in range(0, splits, SPLITS):
         count, means, row, mask = _of_splits(partials, begin, origin, c, C, positions, every, splits, STATE, SPLITS)
-        apart = means - whole_mean
+        apart = tl.where(mask, means - whole_mean, 0.0)  # the square of what does not exist could be infinite
         squares += tl.load(row + 2 * C, mask, other=0.0) + count * (apart * apart)
     tl.store(mean + c, origin + whole_mean, c < C)
     tl.store(variance + c, tl.sum(squares, 0, keep_dims=True) / positions.to(STATE), c < C)
@@ -114,7 +114,8 @@ def _of_splits(partials, begin, origin, c, C, positions, every, splits, STATE: t
     count = tl.minimum(tl.maximum(positions - split * every, 0), every).to(STATE)
     mask = (split < splits) & (c < C)
     row = partials + split.to(tl.int64) * (3 * C) + c
-    return count, (tl.load(row, mask, other=0.0) - origin) + tl.load(row + C, mask, other=0.0), row, mask
+    means = (tl.load(row, mask, other=0.0) - origin) + tl.load(row + C, mask, other=0.0)
+    return count, tl.where(mask, means, 0.0), row, mask
 
 
 @triton.jit(do_not_specialize=["columns", "rows"])
@@ -184,9 +185,15 @@ def statistics(
     }
     start(_statistics, tiles.programs, given.y, partials, *tiles.sizes, **common, **tiles.constants, STAGES=STAGES)
     numbers = C, given.N // C, tiles.positions, tiles.splits
-    rows, common["num_warps"] = FEW if tiles.splits <= FEW[0] else MANY
+    rows, common["num_warps"] = _at_once(tiles.splits, state)
     start(_merge, -(-C // COLUMNS), partials, mean, variance, *numbers, **common, SPLITS=rows, BLOCK=COLUMNS)
     return mean, variance
+
+
+def _at_once(rows: int, state: torch.dtype) -> tuple[int, int]:
+    """How many of so many rows of partial results a program reads at once, and its warps."""
+    at_once, warps = FEW if rows <= FEW[0] else MANY
+    return at_once * 4 // state.itemsize, warps
 
 
 def add(
@@ -196,7 +203,7 @@ def add(
     if len(partials) == 1:
         return partials[0]
     sums = torch.empty_like(partials[0])
-    rows, warps = FEW if len(partials) <= FEW[0] else MANY
+    rows, warps = _at_once(len(partials), partials.dtype)
     start(
         _add,
         -(-sums.numel() // COLUMNS),

@@ -124,6 +124,23 @@ def test_kernel_that_raises_leaves_the_other_cases(tmp_path, monkeypatch):
     assert len(read(tmp_path)) == 16
 
 
+def test_process_that_hangs_alone_on_the_gpu_costs_its_own_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpu.run.MIN_SHARE", 1)
+    code = "import sys, time\nfrom gpu import record\nwith record.alone():\n    time.sleep({})\nrecord.write(done={!r})"
+    jobs = tuple(python(name, code.format(60 if name == "0" else 0, name)) for name in "01234567")
+    # Of 12 seconds for eight processes, two at once, each may take six: they would be over for the one that waits.
+    run({"times": Stage(12, jobs, 2)}, tmp_path, 100, {})
+    assert ended(tmp_path) == {name: "ok" if name != "0" else "stopped: its time was over" for name in "01234567"}
+    assert not list(tmp_path.glob("*.lock"))
+
+
+@pytest.mark.parametrize(("jobs", "sentence"), [("no such", "no process of these stages"), ("(", "regular expression")])
+def test_jobs_that_nothing_is_are_named(jobs, sentence):
+    result = command("--rehearse", "--stages", "machine", "--jobs", jobs)
+    assert result.returncode == 2
+    assert sentence in result.stdout + result.stderr
+
+
 def test_peer_that_raises_leaves_the_others(tmp_path):
     """On the fake GPU."""
     code = """

@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from bn_lif_kernels import LAYOUTS, PUBLISHED
 from seal_fast.kernels.bn_lif import triton as kernel
-from seal_fast.kernels.bn_lif import triton_tiles
+from seal_fast.kernels.bn_lif import triton_statistics, triton_tiles
 from seal_fast.kernels.lif.reference import state_dtype
 from triton_on_cpu import CAPABILITIES, compiling, machine_code, registers
 
@@ -99,6 +99,19 @@ def test_no_register_is_spilled_and_accesses_are_wide(capability, dtype, T, layo
         assert count <= MOST[name], f"{name} takes {count} registers"
         access = BACKWARD_ACCESS[dtype, T, layout] if name == "_backward" else 16
         assert accesses(compilation)[access] >= least[name], f"{name}: {accesses(compilation)}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "capability", [pytest.param(capability, marks=marks) for capability, marks in CAPABILITIES.items()]
+)
+def test_merging_many_partial_results_spills_nothing(capability, dtype):
+    kernels = compiled(capability, rows(4, dtype, "channels_last", (64, 64, 32, 32)))
+    for name in ("_merge", "_add"):
+        count, spilled = registers(kernels[name])
+        assert kernels[name].metadata.num_warps == triton_statistics.MANY[1]
+        assert spilled == 0
+        assert count <= 128  # measured 122: a multiprocessor has 65,536 for 512 threads
 
 
 EVERYTHING = {"tau": torch.full((64,), 1.7), "decay_input": True, "v_reset": None}

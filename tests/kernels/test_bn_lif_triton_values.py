@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 import bn_lif_kernels as expected
 from bn_lif_kernels import CASES, KINDS, LAYOUTS, PUBLISHED
 from seal_fast.kernels.bn_lif import triton as kernel
-from seal_fast.kernels.bn_lif import triton_tiles
+from seal_fast.kernels.bn_lif import triton_statistics, triton_tiles
 from seal_fast.kernels.surrogate.reference import SURROGATES, Surrogate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -120,15 +120,26 @@ MANY_TILES = [((37, 2, 9, 11), "contiguous"), ((3, 2, 30, 50), "contiguous"), ((
 
 
 @pytest.mark.parametrize(("shape", "layout"), MANY_TILES, ids=str)
-@pytest.mark.parametrize(("multiprocessors", "turns"), [(1, 64), (3, 64), (1000, 2)])
-def test_programs_share_tiles(shape, layout, multiprocessors, turns, monkeypatch):
-    monkeypatch.setattr(triton_tiles, "multiprocessors", lambda device: multiprocessors)
+@pytest.mark.parametrize(("programs", "turns"), [(1, 64), (1, 2), (1000, 64)])
+def test_programs_share_tiles(shape, layout, programs, turns, monkeypatch):
+    """One program for each channel or some, which takes many tiles; and many programs, merged by turns."""
+    for room, names in ((kernel, ("few", "many")), (triton_statistics, ("statistics", "gradient"))):
+        monkeypatch.setattr(room, "PROGRAMS", dict.fromkeys(names, programs))
+    monkeypatch.setattr(triton_tiles, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(triton_tiles, "MOST_TURNS", turns)
+    for name, value in {"AT_ONCE": 4, "ACCESSES": 1, "FEW": (2, 4), "MANY": (2, 4)}.items():
+        monkeypatch.setattr(triton_statistics, name, value)
+    made = []
+    for room in (kernel, triton_statistics):
+        monkeypatch.setattr(room, "tiling", lambda *arguments: made.append(triton_tiles.tiling(*arguments)) or made[-1])
     check(shape, "normalised residual", layout, torch.float32, 1, with_m=True)
     y = expected.normal(shape, torch.float32, 1, layout, DEVICE)
     expected.compare_statistics(kernel, y)
     expected.compare_statistics(kernel, y + 1000)
     expected.compare_normalised_gradient(kernel, y, y + 1)
+    for tiles in made:
+        assert (tiles.sizes[3] > 1) == (programs == 1)  # tiles of a program
+        assert (tiles.splits > 2) == (turns < 64 or programs > 1)  # more than _merge and _add read at once
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -143,9 +154,28 @@ def test_batch_norm_alone(shape, layout, dtype):
 
 def test_more_splits_than_are_merged_at_once(monkeypatch):
     monkeypatch.setattr(triton_tiles, "MOST_TURNS", 1)
-    y = expected.normal((70_000, 2), torch.float32, 1, "contiguous", DEVICE) * 3
+    monkeypatch.setattr(triton_statistics, "AT_ONCE", 1)
+    y = expected.normal((140_000, 2), torch.float32, 1, "contiguous", DEVICE) * 3
     y += torch.linspace(-50, 50, len(y), device=DEVICE)[:, None]  # no two programs have the same mean
+    assert y.numel() // (128 * 1) > 2 * triton_statistics.MANY[0]
     expected.compare_statistics(kernel, y)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 65, 1024, 1025, 2500])
+@pytest.mark.parametrize("state", [torch.float32, torch.float64], ids=str)
+def test_partial_sums_are_added(rows, state):
+    """Fewer and more than are read at once, in columns that fill no program."""
+    partials = expected.normal((rows, 3, 11), state, rows, "contiguous", DEVICE)
+    unit = {torch.float32: 1e-6, torch.float64: 1e-15}[state]  # of the sum of magnitudes; measured 8e-8 and 1.3e-16
+    apart = (triton_statistics.add(partials).double() - partials.double().sum(0)).abs()
+    assert (apart <= unit * partials.double().abs().sum(0)).all()
+
+
+def test_a_constant_beyond_the_square_root_of_the_largest_number_has_no_variance():
+    y = torch.full((70, 3, 5), 3e19, device=DEVICE)
+    mean, variance = kernel.statistics(y)
+    assert torch.equal(mean, y[0, :, 0])
+    assert variance.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from seal_fast.models import student
+from seal_fast.train.errors import TrainingError
 from seal_fast.train.step import GraphedStep, Step
 from seal_fast.train.tasks import DistillTask, TeacherTask
 
@@ -21,8 +22,8 @@ class Repeated(GraphedStep):
         return function
 
 
-def trained(kind, device, network, optimizer, method="ce"):
-    """Losses and weights of steps on batches of SIZES, the learning rate halved midway."""
+def trained(kind, device, network, optimizer, method="ce", sizes=SIZES):
+    """Losses and weights of steps on batches of these sizes, the learning rate halved midway."""
     device = torch.device(device)
     generator = torch.Generator().manual_seed(0)
     network = network().to(device)
@@ -32,9 +33,10 @@ def trained(kind, device, network, optimizer, method="ce"):
         task = TeacherTask(network)
     else:
         task = DistillTask(network, None, method="ce", alpha=0, beta=0, temperature=3.0, backend="auto")
-    step = kind(task, optimizer, scaler, device=device, amp="off")
+    options = {"batch_size": 6} if issubclass(kind, GraphedStep) else {}
+    step = kind(task, optimizer, scaler, device=device, amp="off", **options)
     losses = []
-    for index, size in enumerate(SIZES):
+    for index, size in enumerate(sizes):
         if index == 5:
             for group in optimizer.param_groups:
                 lr = group["lr"]
@@ -61,7 +63,7 @@ def sgd(parameters):
 
 def adam(parameters):
     parameters = list(parameters)
-    return torch.optim.Adam(parameters, lr=0.01, fused=True, capturable=parameters[0].device.type == "cuda")
+    return torch.optim.Adam(parameters, lr=0.01, fused=True)
 
 
 def test_a_loss_keeps_no_graph():
@@ -83,7 +85,8 @@ def test_batches_rates_and_results_pass_through_the_graphs_own_places():
         torch.testing.assert_close(got, right, rtol=0, atol=1e-6)
 
 
-def test_a_batch_of_another_size_is_not_captured_and_others_are_warmed_up():
+@pytest.mark.parametrize("sizes", [SIZES, [2, *SIZES]], ids=["from the start", "resumed before the last batch"])
+def test_a_batch_of_another_size_is_not_captured_and_others_are_warmed_up(sizes):
     captured, warmed_up = [], []
 
     class Counted(Repeated):
@@ -95,9 +98,39 @@ def test_a_batch_of_another_size_is_not_captured_and_others_are_warmed_up():
             captured.append(len(self.batch[0]))
             super()._captured()
 
-    trained(Counted, "cpu", linear, sgd, "ann")
-    assert captured == [6] * (len(SIZES) - 1 - GraphedStep.WARM_UP)
+    trained(Counted, "cpu", linear, sgd, "ann", sizes)
+    assert captured == [6] * (sizes.count(6) - GraphedStep.WARM_UP)
     assert warmed_up == [True] * GraphedStep.WARM_UP  # on what is captured, so that the same kernels run
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+def test_an_optimizer_is_told_of_the_capture_alone(optimizer):
+    """Adam raises where it is captured and was not told, as by a checkpoint of a run without graphs; else it warns."""
+    told = []
+
+    class Captured(Repeated):
+        def _capture(self, function):
+            with self._capturable():
+                told.extend(group.get("capturable") for group in self.optimizer.param_groups)
+            return function
+
+    made = []
+    trained(Captured, "cpu", linear, lambda parameters: made.append(optimizer(parameters)) or made[0], "ann")
+    assert told == ([True] if optimizer is adam else [None])
+    assert all(not group.get("capturable") for group in made[0].param_groups)
+
+
+def test_a_step_that_cannot_be_captured_says_what_to_do(monkeypatch):
+    class Refused(GraphedStep):
+        _warm_up = Repeated._warm_up
+
+    def refused(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", refused)
+    with pytest.raises(TrainingError, match=r"graph \(operation not permitted .+\); pass --cuda_graph false\.$"):
+        trained(Refused, "cpu", linear, sgd, "ann")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a graph is captured")
