@@ -40,7 +40,7 @@ CANDIDATES: dict[str, dict[str, list[dict[str, object]]]] = {
     "bn_lif": {
         "triton": [
             *({"bn_lif.triton_statistics.PROGRAMS": {"statistics": n, "gradient": 2 * n}} for n in (2, 3, 5, 6, 8)),
-            *({"bn_lif.triton_statistics.STAGES": n} for n in (2, 3)),
+            *({"bn_lif.triton_statistics.STAGES": {"wide": n, "narrow": n}} for n in (2, 3)),
             *({"bn_lif.triton_statistics.ACCESSES": n} for n in (1, 2)),
             *({"bn_lif.triton.PROGRAMS": dict.fromkeys(("few", "many"), n)} for n in (2, 3, 4, 6, 12)),
             {"bn_lif.triton.THREADS": 64, "bn_lif.triton.PROGRAMS": dict.fromkeys(("few", "many"), 4)},

@@ -20,7 +20,9 @@ AT_ONCE = 16  # elements that a thread of _statistics reads at once
 # Bytes of an access; with narrower ones, which are not pipelined, a thread reads half as many elements at once: for
 # bfloat16 maps of 7 x 7 pixels, 16 take 96 registers and spill 8 bytes on sm_90.
 NARROW = 4
-STAGES = 4  # num_stages of the loop in _statistics: see triton.py
+# num_stages of the loop in _statistics: see triton.py. With wide accesses, and with others, whose addresses take the
+# registers: for float32 maps of 7 x 7 pixels, Triton 3.6 spills 8 bytes with 4.
+STAGES = {"wide": 4, "narrow": 3}
 # Programs of _statistics and of _normalised_gradient for each multiprocessor. On an H200, in bfloat16, statistics of 64
 # channels of 32 x 32 took as long with 2 as with 6, and of 512 of 4 x 4 a third of what they took with 16. The gradient
 # took 109 us with 12 where a channel is contiguous, and 97 with 16.
@@ -175,7 +177,9 @@ def statistics(
     mean, variance = (torch.empty(C, dtype=state, device=y.device) for _ in range(2))
     shared = given.N, C, given.channel_stride, y.dtype
     tiles = tiling(*shared, THREADS * AT_ONCE, y.device, PROGRAMS["statistics"])
-    if tiles.constants["ALIGNED"] * y.dtype.itemsize < NARROW:
+    width = tiles.constants["ALIGNED"] * y.dtype.itemsize
+    stages = STAGES["wide" if width == ACCESS else "narrow"]
+    if width < NARROW:
         tiles = tiling(*shared, THREADS * AT_ONCE // 2, y.device, PROGRAMS["statistics"])
     partials = torch.empty((tiles.splits, 3, C), dtype=state, device=y.device)
     common = {
@@ -183,7 +187,7 @@ def statistics(
         "num_warps": THREADS // 32,
         "STATE": tl.float64 if state == torch.float64 else tl.float32,
     }
-    start(_statistics, tiles.programs, given.y, partials, *tiles.sizes, **common, **tiles.constants, STAGES=STAGES)
+    start(_statistics, tiles.programs, given.y, partials, *tiles.sizes, **common, **tiles.constants, STAGES=stages)
     numbers = C, given.N // C, tiles.positions, tiles.splits
     rows, common["num_warps"] = _at_once(tiles.splits, state)
     start(_merge, -(-C // COLUMNS), partials, mean, variance, *numbers, **common, SPLITS=rows, BLOCK=COLUMNS)
