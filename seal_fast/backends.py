@@ -26,8 +26,8 @@ _OF_LOGITS = ("seal_loss", "selective_alignment_weights")
 _KERNELS: dict[str, tuple[str, ...]] = {
     "lif": BACKENDS,
     "bn_lif": BACKENDS,
-    # On an H200 the neurons' kernels in Triton take as long as CuPy's, or less: 102 us where those take 155 for the
-    # gradient of batch norm and LIF. The loss takes 51 us in Triton and 28 in CuPy for logits [4, 512, 1000].
+    # On an H200 batch norm and LIF of [4, 256, 64, 32, 32] in bfloat16 take 0.37 ms in Triton and 0.40 or 0.41 in CuPy;
+    # in float32 they differ by 7 % at most. The loss takes 51 us in Triton and 28 in CuPy for logits [4, 512, 1000].
     **dict.fromkeys(_OF_LOGITS, ("cupy", "triton", "cpu", "torch")),
 }
 OPERATORS = tuple(_KERNELS)

@@ -35,14 +35,14 @@ KEPT_LONG = 192  # where chunks follow each other, whose offsets take registers 
 KEPT_FORWARD = 288  # of inputs by _forward, which takes 193 registers where they are 320 bytes
 # Neighbouring neurons that a thread of _backward takes, at most, in 16 bits: 4 or 8. With 8, a thread executes a tenth
 # fewer instructions for each element, and 8 warps run on a multiprocessor instead of 12. On an H200, at T = 4, 4 took
-# 2 to 4 % longer for 64 channels of 32 x 32.
+# 2 to 4 % longer for [4, 256, 64, 32, 32], each with 16 programs for each multiprocessor.
 NEIGHBOURS_16_BIT = 8
 # Triton's num_stages of _backward's loop: STAGES - 1 tiles are in shared memory. With 1, ptxas loads the elements of
 # each step just before their use, and a thread waits for memory three to five times for each tile. On an H200, in
-# bfloat16 at T = 4, 2 took 20 to 27 % longer than 3, and 4 as long.
+# bfloat16 at T = 4, 2 took 20 to 27 % longer than 3 for 64 channels of 32 x 32, and 4 as long.
 STAGES = 3
 # Programs of _backward for each multiprocessor: of kernels of many registers, two run at once. On an H200, at T = 4 in
-# bfloat16, 2 took 10 % less time than 16 for 64 channels of 32 x 32, and half of it for 256 of 8 x 8; 3 took 12 % more.
+# bfloat16, 2 took 10 % less time than 16 for 64 channels of 32 x 32, and half of it for 256 of 8 x 8; 3 took 23 % more.
 # Elsewhere two to four run at once, whose multiple 12 is.
 PROGRAMS = {"few": 2, "many": 12}
 
