@@ -11,7 +11,9 @@ from ..launch.cpu import DTYPES, run
 from ..lif.reference import state_dtype
 from ..neuron.cpu import Neuron, describe
 from ..neuron.options import Options
-from .tensors import Inputs, alike, backward_outputs, channels_of, dense, forward_outputs, inputs
+from . import norms
+from .norms import Norm
+from .tensors import BackwardOutputs, Inputs, alike, backward_outputs, channels_of, dense, forward_outputs, inputs
 
 
 class _Arguments(ctypes.Structure):
@@ -58,6 +60,11 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean.to(state), (square - distance * distance).clamp_min(0).to(state)
 
 
+def fill_table(table: Tensor, index: int, y: Tensor, norm: Norm) -> None:
+    """Rows of the norm of this index of what it makes of y [N, C, ...]; its running statistics see y."""
+    norms.fill_table(table, index, norm, *statistics(y) if norm.count else (None, None))
+
+
 def forward(
     y: Tensor,  # this and residual as in tensors.py
     residual: Tensor | None,
@@ -81,31 +88,39 @@ def backward(
     grad_m: Tensor | None,  # as the membrane input
     y: Tensor,
     residual: Tensor | None,
-    scales: Tensor,
-    means: Tensor,  # [1, C], or [2, C] where the residual has its own
+    table: Tensor,  # [4, C], or [8, C] where the residual has its own norm
     options: Options,
     *,
+    counts: tuple[int, ...],  # of each norm in the table
     time_steps: int,
     static: bool,
     steps: bool,
     total: bool,
     parameters: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the membrane input dm and their sums.
-
-    Returns:
-        With `steps`, dm of each step [T·B, C, ...]; with `total`, its sum over time [B, C, ...].
-        [2, C] or [3, C] in the state's dtype: Σ dm, Σ dm (y - mean) and, where it has its own mean, that of residual.
-        With `parameters`, each neuron's part [B, C, ...] in the gradients of θ and 1/τ, in the state's dtype.
-    """
+) -> BackwardOutputs:
+    """Gradients of the membrane input, of θ and 1/τ, and of the norms."""
     given = inputs(y, residual, time_steps, static=static)
-    outputs = backward_outputs(given, steps=steps, total=total, parameters=parameters)
-    sums = torch.zeros(torch.get_num_threads(), 1 + len(means), given.C, dtype=torch.float64)
+    outputs = backward_outputs(given, len(counts), steps=steps, total=total, parameters=parameters)
+    sums = torch.zeros(torch.get_num_threads(), 1 + len(counts), given.C, dtype=torch.float64)
     upstream = {"grad_spikes": alike(grad_spikes.to(y.dtype), given.y)}
     if grad_m is not None:
         upstream["grad_m"] = alike(grad_m.to(y.dtype), given.y)
-    _launch("seal_bn_lif_backward", given, scales, options, means=means, sums=sums, **upstream, **outputs._asdict())
-    return outputs.grad_steps, outputs.grad_total, sums.sum(0).to(scales.dtype), *outputs[2:]
+    written = {name: tensor for name, tensor in outputs._asdict().items() if name.startswith("grad_")}
+    del written["grad_norms"]
+    _launch(
+        "seal_bn_lif_backward",
+        given,
+        norms.scales(table),
+        options,
+        means=norms.means(table),
+        sums=sums,
+        **upstream,
+        **written,
+    )
+    outputs.sums.copy_(sums.sum(0))
+    outputs.coefficients.copy_(norms.coefficients_of(table, outputs.sums, counts))
+    outputs.grad_norms.copy_(norms.parameter_gradients_of(table, outputs.sums))
+    return outputs
 
 
 def normalised_gradient(grad: Tensor, y: Tensor | None, coefficients: Tensor, *, in_place: bool) -> Tensor:

@@ -42,12 +42,18 @@ class ForwardOutputs(NamedTuple):
 
 
 class BackwardOutputs(NamedTuple):
-    """Empty gradients in the layout of y; the last two are each neuron's part [B, C, ...], in the state's dtype."""
+    """Empty gradients in the layout of y; below them, what there is of each neuron and each channel, in the state's dtype.
 
-    grad_steps: Tensor | None  # ∂L/∂m of each step [T·B, C, ...]
+    With dm = ∂L/∂m and k norms; see norms.py.
+    """
+
+    grad_steps: Tensor | None  # dm of each step [T·B, C, ...]
     grad_total: Tensor | None  # their sum over time [B, C, ...]
-    grad_threshold: Tensor | None
+    grad_threshold: Tensor | None  # each neuron's part [B, C, ...], as the next
     grad_inverse_tau: Tensor | None
+    sums: Tensor  # [k + 1, C]: Σ dm; Σ dm (y - mean); with a second norm Σ dm (residual - its mean)
+    coefficients: Tensor  # [3k, C]: c0, c1, c2 of each norm's gradient c0 dm + c1 y + c2
+    grad_norms: Tensor  # [2k, C]: gradients of weight and bias of each norm
 
 
 def dense(y: Tensor) -> Tensor:
@@ -89,12 +95,16 @@ def forward_outputs(given: Inputs, *, keep_m: bool, pack: bool) -> ForwardOutput
     return ForwardOutputs(_empty(T * batch, y), m, packed)
 
 
-def backward_outputs(given: Inputs, *, steps: bool, total: bool, parameters: bool) -> BackwardOutputs:
-    """Room for what the backward pass is asked for."""
+def backward_outputs(given: Inputs, norms: int, *, steps: bool, total: bool, parameters: bool) -> BackwardOutputs:
+    """Room for what the backward pass is asked for, of a layer of so many batch norms."""
     y, state = given.y, state_dtype(given.y.dtype)
     batch = given.N // y[0].numel()
-    parts = [_empty(batch, y, state) if parameters else None for _ in range(2)]
-    return BackwardOutputs(_empty(given.T * batch, y) if steps else None, _empty(batch, y) if total else None, *parts)
+    return BackwardOutputs(
+        _empty(given.T * batch, y) if steps else None,
+        _empty(batch, y) if total else None,
+        *(_empty(batch, y, state) if parameters else None for _ in range(2)),
+        *(torch.empty(size, given.C, dtype=state, device=y.device) for size in (norms + 1, 3 * norms, 2 * norms)),
+    )
 
 
 def _empty(rows: int, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:

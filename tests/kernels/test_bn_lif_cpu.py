@@ -15,6 +15,7 @@ from bn_lif_kernels import (
     compare_forward,
     compare_normalised_gradient,
     compare_statistics,
+    compare_table,
     normal,
     tensors_of,
 )
@@ -70,6 +71,9 @@ def test_statistics_and_the_normalised_gradient(shape, layout, dtype):
 
     y = normal(shape, dtype, 0, layout)
     compare_statistics(kernel, y)
+    compare_table(kernel, y)
+    compare_table(kernel, y, affine=False)
+    compare_table(kernel, y, batch=False)
     compare_normalised_gradient(kernel, normal(shape, dtype, 1, layout), y)
     compare_normalised_gradient(kernel, normal(shape, dtype, 1, layout), None)
 

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 
+from seal_fast.kernels.bn_lif import norms
 from seal_fast.kernels.lif import reference
 from seal_fast.kernels.neuron.options import Options
 from seal_fast.kernels.packing.reference import pack
@@ -91,15 +92,16 @@ def compare_backward(
     grad_spikes = normal(shape, y.dtype, 11, layout, str(y.device))
     constant = static and (residual is None or len(residual) == batch)
     grad_m = normal((batch if constant else T * batch, *shape[1:]), y.dtype, 12, layout, str(y.device))
-    means = per_channel(y.shape[1], len(scales) // 2, y.dtype, 13, str(y.device))
+    table, counts = table_of(scales, y.dtype), (0 if with_m else 37, 41)[: len(scales) // 2]
+    means = norms.means(table)
     outputs = kernel.backward(
         grad_spikes,
         grad_m if with_m else None,
         y,
         residual,
-        scales,
-        means,
+        table,
         options,
+        counts=counts,
         time_steps=T,
         static=static,
         steps=True,
@@ -133,14 +135,18 @@ def compare_backward(
     sums = [grad.double()] + [
         grad.double() * (term.double() - broadcast(mean, y).double()) for term, mean in zip(terms, means, strict=True)
     ]
-    assert outputs[2].dtype == state
-    assert outputs[2].shape == (len(sums), y.shape[1])
-    for got, term in zip(outputs[2], sums, strict=True):
+    assert outputs.sums.dtype == state
+    assert outputs.sums.shape == (len(sums), y.shape[1])
+    for got, term in zip(outputs.sums, sums, strict=True):
         scale = term.abs().sum(axes).max() if term.numel() else 1.0  # what rounding is relative to
         assert (got.double() - term.sum(axes)).abs().max() <= SUMS[state] * scale
+    _compare_finished(outputs, table.double(), counts)
     if parameters:
         tau = learned[0].detach()
-        for got, expected in ((outputs[3], grad_threshold), (outputs[4], grad_tau * -(tau * tau))):
+        for got, expected in (
+            (outputs.grad_threshold, grad_threshold),
+            (outputs.grad_inverse_tau, grad_tau * -(tau * tau)),
+        ):
             scale = got.double().abs().sum() + 1e-3
             if expected.dim() == 0:
                 assert (got.double().sum() - expected).abs() <= 5e-6 * scale
@@ -148,8 +154,33 @@ def compare_backward(
                 by_channel = got.double().sum([0, *range(2, got.dim())])
                 assert (by_channel - expected).abs().max() <= 5e-6 * scale
     else:
-        assert outputs[3] is None
-        assert outputs[4] is None
+        assert outputs.grad_threshold is None
+        assert outputs.grad_inverse_tau is None
+
+
+def table_of(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[4k, C]: the scales [2k, C], and means and inverse standard deviations."""
+    k, device = len(scales) // 2, str(scales.device)
+    rest = (per_channel(scales.shape[1], k, dtype, seed, device) for seed in (13, 14))
+    return torch.cat((scales, *rest))
+
+
+def _compare_finished(outputs, table: torch.Tensor, counts: tuple[int, ...]) -> None:
+    """What follows from the sums: the derivative of batch norm, as in its paper (arXiv 1502.03167)."""
+    total, *centred = outputs.sums.double()
+    k = len(counts)
+    coefficients, gradients = outputs.coefficients.double().reshape(k, 3, -1), outputs.grad_norms.double()
+    for i, count in enumerate(counts):
+        scale, mean, inverse_std = table[2 * i], table[2 * k + i], table[3 * k + i]
+        expected = torch.stack((scale, torch.zeros_like(scale), torch.zeros_like(scale)))
+        if count:
+            expected[1] = -scale * inverse_std**2 * centred[i] / count
+            expected[2] = -scale * total / count - expected[1] * mean
+        unit = TOLERANCE[outputs.sums.dtype]
+        size = expected.abs().amax(0) + (expected[1] * mean).abs()
+        assert ((coefficients[i] - expected).abs() <= unit * size).all()
+        assert ((gradients[2 * i] - inverse_std * centred[i]).abs() <= unit * gradients[2 * i].abs()).all()
+        assert torch.equal(gradients[2 * i + 1], total)
 
 
 SUMS = {torch.float32: 1e-6, torch.float64: 1e-13}  # of the sum of magnitudes; measured 2e-7 and 1e-15
@@ -174,6 +205,53 @@ def compare_statistics(kernel: ModuleType, y: torch.Tensor) -> None:
     size = expected.abs() + expected_variance.sqrt()
     assert ((mean.double() - expected).abs() <= unit * size + 1e-30).all()
     assert ((variance.double() - expected_variance).abs() <= 4 * unit * expected_variance + 1e-30).all()
+
+
+def compare_table(kernel: ModuleType, y: torch.Tensor, *, affine: bool = True, batch: bool = True) -> None:
+    """The table's rows of the second of two norms, and its running statistics, in training and with fixed statistics.
+
+    Args:
+        kernel: What fills the table.
+        y: [N, C, ...].
+        affine: Whether the norm has weight and bias.
+        batch: Whether it takes the statistics of y.
+    """
+    state, C, device = reference.state_dtype(y.dtype), y.shape[1], y.device
+    count, repeats, eps = y.numel() // C, 3, 1e-3
+    weight, bias, running_mean, running_var = per_channel(C, 4, y.dtype, 21, str(device)).unbind()
+    running_var.abs_()
+    kept = running_mean.clone(), running_var.clone()
+    tracked = torch.full((), 6, dtype=torch.int64, device=device)
+    for momentum in (0.1, 0.75):  # torch.lerp rounds in another way from 0.5 on
+        before = running_mean.double().clone(), running_var.double().clone()
+        table = torch.full((8, C), torch.nan, dtype=state, device=device)
+        own = (weight, bias) if affine else (None, None)
+        seen = (count, repeats) if batch else (0, 1)
+        norm = norms.Norm(*own, running_mean, running_var, tracked if batch else None, momentum, eps, *seen)
+        kernel.fill_table(table, 1, y, norm)
+        assert table[[0, 1, 4, 6]].isnan().all()
+        axes = [0, *range(2, y.dim())]
+        if batch:
+            mean, variance = y.double().mean(axes), y.double().var(axes, unbiased=False)
+            unbiased = variance * (count * repeats / (count * repeats - 1))
+            _near_each(running_mean, before[0].lerp(mean, momentum), variance.sqrt() + mean.abs())
+            _near_each(running_var, before[1].lerp(unbiased, momentum))
+        else:
+            mean, variance = before
+        inverse_std = (variance + eps).rsqrt()
+        scale = inverse_std * own[0].double() if affine else inverse_std
+        shift = -mean * scale + (own[1].double() if affine else 0)
+        for got, expected in zip(table[[2, 3, 5, 7]], (scale, shift, mean, inverse_std), strict=True):
+            _near_each(got, expected, scale.abs() * (1 + mean.abs() + variance.sqrt()) + mean.abs() + variance.sqrt())
+    if batch:
+        assert tracked == 8
+    else:
+        assert all(torch.equal(*pair) for pair in zip(kept, (running_mean, running_var), strict=True))
+
+
+def _near_each(got: torch.Tensor, expected: torch.Tensor, size: torch.Tensor | float = 0.0) -> None:
+    unit = {torch.float32: 2e-6, torch.float64: 2e-14}[got.dtype]
+    assert ((got.double() - expected).abs() <= unit * (expected.abs() + size)).all()
 
 
 def compare_normalised_gradient(kernel: ModuleType, grad: torch.Tensor, y: torch.Tensor | None) -> None:
