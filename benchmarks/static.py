@@ -201,10 +201,10 @@ def _bn_lif(room, y: torch.Tensor, T: int, residual: bool) -> None:
     C = y.shape[1]
     added = y if residual else None
     options = {"time_steps": T, "static": False}
-    scales, means = torch.zeros(2, C), torch.zeros(1, C)
-    room.forward(y, added, scales, PUBLISHED, **options, keep_m=False, pack=False)
-    options |= {"steps": True, "total": False, "parameters": False}
-    room.backward(y, None, y, added, scales, means, PUBLISHED, **options)
+    table = torch.zeros(4, C)
+    room.forward(y, added, table[:2], PUBLISHED, **options, keep_m=False, pack=False)
+    options |= {"counts": (y.numel() // C,), "steps": True, "total": False, "parameters": False}
+    room.backward(y, None, y, added, table, PUBLISHED, **options)
 
 
 def _loss(room, T: int, B: int, K: int) -> None:

@@ -106,8 +106,7 @@ __global__ void __launch_bounds__(THREADS, 1) bn_lif_backward(
     const Number* __restrict__ grad_m,             // with GRAD_M, rows m_stride apart; or one, the first step's
     const Number* __restrict__ y,                  // this and the next as in bn_lif_forward
     const Number* __restrict__ residual,
-    const State<Number>* __restrict__ scales,
-    const State<Number>* __restrict__ means,       // [SUMS - 1, C]
+    const State<Number>* __restrict__ norms,       // the table [2 SCALES, C] of norms.py
     Number* __restrict__ grad_steps,               // [T, N], or null: not asked for
     Number* __restrict__ grad_total,               // [N], their sum over T, or null
     State<Number>* __restrict__ grad_threshold,    // with PARAMETERS, [N]: the sum over T of each neuron's part
@@ -141,8 +140,8 @@ __global__ void __launch_bounds__(THREADS, 1) bn_lif_backward(
   Table<Real, SETS, SUMS<RESIDUAL> - 1> mean = {};
   Constants<Real, SETS, PER_CHANNEL> of = {{{tau, inverse_tau, decay, threshold}}};
   if (walk.inside) {
-    table.in_memory(scales, channels, walk.channel);
-    mean.in_memory(means, channels, walk.channel);
+    table.in_memory(norms, channels, walk.channel);
+    mean.in_memory(norms + SCALES<RESIDUAL> * channels, channels, walk.channel);
     if (constants) of.in_memory(constants, constant_channels, 1, PER_CHANNEL ? walk.channel : 0);
   }
   const auto charged = [&](int i, Real v, Number current, Number other) {
@@ -257,16 +256,42 @@ __global__ void __launch_bounds__(THREADS, 1) bn_lif_backward(
   write_merged(walk, mine, channels, columns, slices, reinterpret_cast<Sums<Real, SUMS<RESIDUAL>>*>(partials));
 }
 
+// A channel to each block: its sums, and what norms.py makes of them, each operation rounded.
 template <typename Real, int SIZE>
 __global__ void __launch_bounds__(THREADS) add_slices(
-    const Real* __restrict__ partials,  // [C, slices, SIZE]
-    Real* __restrict__ sums,            // [SIZE, C]
+    const Real* __restrict__ partials,   // [C, slices, SIZE]
+    const Real* __restrict__ norms,      // the table [4 (SIZE - 1), C]
+    Real* __restrict__ sums,             // [SIZE, C]
+    Real* __restrict__ coefficients,     // [3 (SIZE - 1), C]
+    Real* __restrict__ grad_norms,       // [2 (SIZE - 1), C]
     int64_t channels,
-    int64_t slices) {
+    int64_t slices,
+    int64_t count,                       // elements per channel of the first norm; 0 where its statistics are fixed
+    int64_t residual_count) {            // of the second
+  constexpr int NORMS = SIZE - 1;
   const int64_t channel = blockIdx.x;
+  Real scale[NORMS], mean[NORMS], inverse_std[NORMS];
+#pragma unroll
+  for (int i = 0; i < NORMS; ++i) {
+    scale[i] = norms[2 * i * channels + channel];
+    mean[i] = norms[(2 * NORMS + i) * channels + channel];
+    inverse_std[i] = norms[(3 * NORMS + i) * channels + channel];
+  }
   const Sums<Real, SIZE>* mine = reinterpret_cast<const Sums<Real, SIZE>*>(partials) + channel * slices;
   const Sums<double, SIZE> all = merged_slices<Sums<double, SIZE>>(mine, slices);
   if (threadIdx.x > 0) return;
+  const Real total = static_cast<Real>(all.at[0]);
+  sums[channel] = total;
 #pragma unroll
-  for (int i = 0; i < SIZE; ++i) sums[i * channels + channel] = static_cast<Real>(all.at[i]);
+  for (int i = 0; i < NORMS; ++i) {
+    const Real own = static_cast<Real>(all.at[1 + i]), negative = static_cast<Real>(-(i ? residual_count : count));
+    const Real c1 = negative < 0 ? scale[i] * inverse_std[i] * inverse_std[i] * own / negative : Real(0);
+    sums[(1 + i) * channels + channel] = own;
+    coefficients[3 * i * channels + channel] = scale[i];
+    coefficients[(3 * i + 1) * channels + channel] = c1;
+    coefficients[(3 * i + 2) * channels + channel] =
+        negative < 0 ? scale[i] * total / negative - c1 * mean[i] : Real(0);
+    grad_norms[2 * i * channels + channel] = inverse_std[i] * own;
+    grad_norms[(2 * i + 1) * channels + channel] = total;
+  }
 }

@@ -14,7 +14,9 @@ from ..launch.device import multiprocessors
 from ..lif.reference import state_dtype
 from ..neuron.cupy import passed
 from ..neuron.options import Options
-from .tensors import alike, backward_outputs, channels_of, dense, forward_outputs, inputs
+from . import norms
+from .norms import Norm
+from .tensors import BackwardOutputs, alike, backward_outputs, channels_of, dense, forward_outputs, inputs
 
 SOURCE = Path(__file__).with_name("cuda.cu")
 THREADS = 128  # of a block, as in channels.cuh
@@ -42,13 +44,44 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
         nothing = torch.full((2, C), math.nan, dtype=state, device=y.device)
         return nothing[0], nothing[1]
     mean, variance = (torch.empty(C, dtype=state, device=y.device) for _ in range(2))
+    partials, inner = _moments(y)
+    slices = partials.shape[1]
+    arguments = (y, partials, *(None,) * 5, mean, variance, None, C, inner, slices, 0, 0, 0.0, 0.0, 0.0)
+    _start("fill_table", (NUMBERS[y.dtype],), C, arguments, y)
+    return mean, variance
+
+
+def fill_table(table: Tensor, index: int, y: Tensor, norm: Norm) -> None:
+    """Rows of the norm of this index of what it makes of y [N, C, ...]; its running statistics see y.
+
+    The table is contiguous, as are the norm's tensors.
+    """
+    partials, inner, slices = None, 1, 0
+    running, correction = (norm.running_mean, norm.running_var, None), 1.0
+    if norm.count:
+        y = dense(y)
+        if y.numel() == 0:
+            norms.fill_table(table, index, norm, *statistics(y))
+            return
+        partials, inner = _moments(y)
+        slices = partials.shape[1]
+        running = (None, None, None)
+        if norm.num_batches_tracked is not None:
+            running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+            correction = norm.correction
+    C = table.shape[1]
+    tensors = (y, partials, norm.weight, norm.bias, *running, None, None, table)
+    numbers = (float(norm.momentum), float(correction), float(norm.eps))
+    _start("fill_table", (NUMBERS[y.dtype],), C, (*tensors, C, inner, slices, len(table) // 4, index, *numbers), y)
+
+
+def _moments(y: Tensor) -> tuple[Tensor, int]:
+    """Partials [C, slices, 3] of dense y; and inner, as in channels.cuh."""
     shape = (y.numel(), *channels_of(y))
     tiling = _tiling(*shape, _neighbours(*shape, (y,)), _blocks("moments", y))
-    partials = torch.empty(C, tiling.slices, 3, dtype=state, device=y.device)
-    template = NUMBERS[y.dtype]
-    _start("moments", (template, *tiling.template), tiling.blocks, (y, partials, *tiling.sizes), y)
-    _start("mean_and_variance", (template,), C, (y, partials, mean, variance, tiling.inner, tiling.slices), y)
-    return mean, variance
+    partials = torch.empty(tiling.C, tiling.slices, 3, dtype=state_dtype(y.dtype), device=y.device)
+    _start("moments", (NUMBERS[y.dtype], *tiling.template), tiling.blocks, (y, partials, *tiling.sizes), y)
+    return partials, tiling.inner
 
 
 def forward(
@@ -80,7 +113,7 @@ def forward(
         "bn_lif_forward",
         (
             *(NUMBERS[y.dtype], *tiling.template, min(T, STEPS), T > STEPS, *neuron.charging),
-            *(_residual_kind(residual, scales), pack),
+            *(_residual_kind(residual, len(scales) // 2), pack),
         ),
         -(-N // (tiling.vector * THREADS)),
         (
@@ -97,36 +130,31 @@ def backward(
     grad_m: Tensor | None,  # as forward's membrane input
     y: Tensor,
     residual: Tensor | None,
-    scales: Tensor,
-    means: Tensor,  # [1, C] or, with four scales, [2, C]
+    table: Tensor,  # [4, C], or [8, C] where the residual has its own norm; contiguous
     options: Options,
     *,
+    counts: tuple[int, ...],  # of each norm in the table
     time_steps: int,
     static: bool,
     steps: bool,
     total: bool,
     parameters: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the membrane input, of each step and their sum; sums by channel; and those of θ and 1/τ.
-
-    The sums [2 or 3, C] are those of the steps' gradients, and of their products with y - means[0] and, where the
-    residual has a batch norm of its own, residual - means[1]. Of θ and 1/τ it is each neuron's part [B, C, ...].
-    """
+) -> BackwardOutputs:
+    """Gradients of the membrane input, of θ and 1/τ, and of the norms."""
     given = inputs(y, residual, time_steps, static=static)
-    outputs = backward_outputs(given, steps=steps, total=total, parameters=parameters)
+    outputs = backward_outputs(given, len(counts), steps=steps, total=total, parameters=parameters)
     y, residual, T, N, C = given[:5]
-    state, device = state_dtype(y.dtype), y.device
-    kind = _residual_kind(residual, scales)
-    sums = torch.empty(3 if kind == 2 else 2, C, dtype=state, device=device)
     if N == 0:
-        return outputs[0], outputs[1], sums.zero_(), *outputs[2:]
+        return _add_slices(None, table, counts, outputs)
+    state, device, sums = state_dtype(y.dtype), y.device, 1 + len(counts)
+    kind = _residual_kind(residual, len(counts))
     grad_spikes, grad_m = (None if tensor is None else alike(tensor.to(y.dtype), y) for tensor in (grad_spikes, grad_m))
     neuron = passed(options, device, state)
-    tensors = (grad_spikes, grad_m, y, residual, scales.contiguous(), means.contiguous(), *outputs)
+    tensors = (grad_spikes, grad_m, y, residual, table, *outputs[:4])
     shape = (N, C, given.channel_stride)
     vector = _neighbours(*shape, (*tensors, neuron.constants), min(NEIGHBOURS_16_BIT, ACCESS // y.element_size()))
     chunk = min(T, STEPS if state.itemsize == 4 else STEPS // 2)
-    by_channel = 3 * len(sums) + 4 * (neuron.channels > 1) if given.channel_stride == 1 else 0
+    by_channel = 3 * sums + 4 * (neuron.channels > 1) if given.channel_stride == 1 else 0
     read = sum(tensor is not None for tensor in tensors[:4]) * chunk * y.element_size()
     held = ((chunk + by_channel + 8 * parameters) * state.itemsize + read) // 4
     while vector > 1 and (vector * chunk * state.itemsize > HISTORY or vector * held > HELD["backward"]):
@@ -134,7 +162,7 @@ def backward(
     tiling = _tiling(*shape, vector, _blocks("backward" if given.channel_stride == 1 else "backward, contiguous", y))
     chunks = -(-T // chunk)
     checkpoints = torch.empty(chunks - 1, N, dtype=state, device=device) if chunks > 1 else None
-    partials = torch.empty(C, tiling.slices, len(sums), dtype=state, device=device)
+    partials = torch.empty(C, tiling.slices, sums, dtype=state, device=device)
     inner, *rest = tiling.sizes[1:]
     _start(
         "bn_lif_backward",
@@ -150,9 +178,21 @@ def backward(
         ),
         y,
     )
-    template = (NUMBERS[state], len(sums))
-    _start("add_slices", template, C, (partials, sums, C, tiling.slices), y)
-    return outputs[0], outputs[1], sums, *outputs[2:]
+    return _add_slices(partials, table, counts, outputs)
+
+
+def _add_slices(
+    partials: Tensor | None,  # [C, slices, k + 1], or none at all
+    table: Tensor,
+    counts: tuple[int, ...],
+    outputs: BackwardOutputs,
+) -> BackwardOutputs:
+    """Write the sums and what follows from them."""
+    by_channel, C = outputs[4:], table.shape[1]
+    slices = 0 if partials is None else partials.shape[1]
+    arguments = (partials, table, *by_channel, C, slices, counts[0], counts[-1])
+    _start("add_slices", (NUMBERS[table.dtype], 1 + len(counts)), C, arguments, table)
+    return outputs
 
 
 def normalised_gradient(grad: Tensor, y: Tensor | None, coefficients: Tensor, *, in_place: bool) -> Tensor:
@@ -175,9 +215,9 @@ def _start(kernel: str, template: tuple, blocks: int, arguments: tuple, like: Te
     launch(SOURCE, specialised(kernel, *template), blocks, THREADS, arguments, real=real, device=like.device)
 
 
-def _residual_kind(residual: Tensor | None, scales: Tensor) -> int:
-    """ResidualKind in cuda.cu."""
-    return 0 if residual is None else 2 if len(scales) == 4 else 1
+def _residual_kind(residual: Tensor | None, k: int) -> int:
+    """ResidualKind in cuda.cu, of a layer of k norms."""
+    return 0 if residual is None else k
 
 
 def _neighbours(

@@ -1,4 +1,4 @@
-// Kernels of the batch norm alone: mean and variance by channel, and the gradient that it passes on.
+// Kernels of the batch norm alone: its rows of the table in norms.py, and the gradient that it passes on.
 //
 // A thread takes a group of positions at a time and asks for all of their numbers before it uses the first; while whole
 // groups are left, without looking whether each of their positions exists.
@@ -70,21 +70,69 @@ __global__ void __launch_bounds__(THREADS, 1) moments(
   write_merged(walk, mine, channels, columns, slices, reinterpret_cast<Moments<Real>*>(partials));
 }
 
+SEAL_FN float square_root(float x) { return __fsqrt_rn(x); }
+SEAL_FN double square_root(double x) { return sqrt(x); }
+
+// As torch.lerp, which has two formulas.
+template <typename Real>
+SEAL_FN Real between(Real from, Real to, Real weight) {
+  const Real way = to - from;
+  return magnitude_of(weight) < Real(0.5) ? from + weight * way : to - way * (1 - weight);
+}
+
+// Mean and variance of a channel to each block, and what norms.py makes of them, each operation rounded. The pointers
+// from weight to table may be null: what they stand for is not there, or not asked for.
 template <typename Number>
-__global__ void __launch_bounds__(THREADS, 1) mean_and_variance(
+__global__ void __launch_bounds__(THREADS, 1) fill_table(
     const Number* __restrict__ y,
-    const State<Number>* __restrict__ partials,  // [C, slices, 3]
-    State<Number>* __restrict__ mean,            // [C]
-    State<Number>* __restrict__ variance,        // [C]
+    const State<Number>* __restrict__ partials,  // [C, slices, 3]; or null: mean and variance are the running ones
+    const State<Number>* __restrict__ weight,    // [C], as are the next
+    const State<Number>* __restrict__ bias,
+    State<Number>* __restrict__ running_mean,    // with partials, these see mean and variance
+    State<Number>* __restrict__ running_var,
+    int64_t* __restrict__ batches,               // one number, of how many batches they have seen
+    State<Number>* __restrict__ means,
+    State<Number>* __restrict__ variances,       // biased
+    State<Number>* __restrict__ table,           // [4 norms, C]
+    int64_t channels,
     int64_t inner,
-    int64_t slices) {
+    int64_t slices,
+    int64_t norms,
+    int64_t index,                               // of this norm in the table
+    State<Number> momentum,
+    State<Number> correction,                    // of the running variance
+    State<Number> eps) {
   typedef State<Number> Real;
   const int64_t channel = blockIdx.x;
-  const Moments<Real>* mine = reinterpret_cast<const Moments<Real>*>(partials) + channel * slices;
-  const Moments<double> all = merged_slices<Moments<double>>(mine, slices);
+  // Asked for together with the partials, so that the block waits for memory once.
+  const Real factor = weight ? weight[channel] : Real(1), added = bias ? bias[channel] : Real(0);
+  const Real origin = partials ? load(y[channel * inner]) : Real(0);
+  const Real old_mean = running_mean ? running_mean[channel] : Real(0);
+  const Real old_variance = running_var ? running_var[channel] : Real(0);
+  Real mean = old_mean, variance = old_variance;
+  if (partials) {
+    const Moments<Real>* mine = reinterpret_cast<const Moments<Real>*>(partials) + channel * slices;
+    const Moments<double> all = merged_slices<Moments<double>>(mine, slices);
+    mean = static_cast<Real>(origin + all.at[1]);
+    variance = static_cast<Real>(all.at[2] / all.at[0]);
+  }
   if (threadIdx.x > 0) return;
-  mean[channel] = static_cast<Real>(load(y[channel * inner]) + all.at[1]);
-  variance[channel] = static_cast<Real>(all.at[2] / all.at[0]);
+  if (means) {
+    means[channel] = mean;
+    variances[channel] = variance;
+  }
+  if (batches) {
+    running_mean[channel] = between(old_mean, mean, momentum);
+    running_var[channel] = between(old_variance, variance * correction, momentum);
+    if (channel == 0) ++*batches;
+  }
+  if (!table) return;
+  const Real inverse_std = 1 / square_root(variance + eps), scale = inverse_std * factor;
+  Real* const column = table + channel;
+  column[2 * index * channels] = scale;
+  column[(2 * index + 1) * channels] = added - mean * scale;
+  column[(2 * norms + index) * channels] = mean;
+  column[(3 * norms + index) * channels] = inverse_std;
 }
 
 // out = c0 grad + c1 y + c2 by channel; without WITH_Y, c0 grad. out may be grad.

@@ -18,12 +18,17 @@ from bn_lif_kernels import (
     compare_forward,
     compare_normalised_gradient,
     compare_statistics,
+    compare_table,
     normal,
     per_channel,
+    table_of,
     tensors_of,
 )
 from cuda_host_lif import guarded, poisoned
 from seal_fast.kernels.bn_lif import cupy as room
+from seal_fast.kernels.bn_lif import norms
+from seal_fast.kernels.bn_lif.norms import Norm
+from seal_fast.kernels.bn_lif.tensors import BackwardOutputs
 from seal_fast.kernels.launch import cupy as launcher
 from seal_fast.kernels.neuron.options import Options
 from seal_fast.kernels.surrogate.reference import SURROGATES, Surrogate
@@ -57,10 +62,10 @@ class Setup:
         call = {"time_steps": self.T, "static": static}
         room.forward(y, residual, scales, self.options, **call, keep_m=False, pack=False)
         spikes, m, _ = room.forward(y, residual, scales, self.options, **call, keep_m=True, pack=True)
-        means = per_channel(self.shape[1], len(scales) // 2, self.dtype, 13)
-        asked = {"steps": True, "total": True, "parameters": self.options.in_tensors}
+        table, counts = table_of(scales, self.dtype), (1,) * (len(scales) // 2)
+        asked = {"counts": counts, "steps": True, "total": True, "parameters": self.options.in_tensors}
         grad_m = m if self.with_m else None
-        room.backward(spikes, grad_m, y, residual, scales, means, self.options, **call, **asked)
+        room.backward(spikes, grad_m, y, residual, table, self.options, **call, **asked)
 
     def check(self):
         with poisoned():
@@ -135,6 +140,19 @@ def kernels():
         yield
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels that were started."""
+    names, start = [], launcher.start
+
+    def noted(path, expression, *arguments):
+        names.append(expression.split("<")[0])
+        start(path, expression, *arguments)
+
+    monkeypatch.setattr(launcher, "start", noted)
+    return names
+
+
 @pytest.mark.parametrize("name", SETUPS)
 def test_forward_and_backward_equal_torch(name):
     SETUPS[name].check()
@@ -153,6 +171,62 @@ def test_mean_and_variance(shape, layout, dtype):
         with poisoned():
             if y.numel():
                 compare_statistics(room, y)
+
+
+@pytest.mark.parametrize(("shape", "layout", "dtype"), STATISTICS)
+def test_table_and_running_statistics(shape, layout, dtype):
+    y = guarded(normal(shape, dtype, 1, layout))
+    for options in ({}, {"affine": False}, {"batch": False}, {"affine": False, "batch": False}):
+        with poisoned():
+            compare_table(room, y, **options)
+
+
+def test_a_norm_without_running_statistics_leaves_them_alone(launches):
+    y = normal(PAIRS, F32, 1)
+    weight, running_mean, running_var = per_channel(130, 3, F32, 2).unbind()
+    kept = running_mean.clone(), running_var.clone()
+    tables = torch.zeros(2, 4, 130)
+    for table, running in zip(tables, ((running_mean, running_var), (None, None)), strict=True):
+        room.fill_table(table, 0, y, Norm(weight, None, *running, None, 0.1, 1e-5, y.numel() // 130, 1))
+    assert torch.equal(*tables)
+    assert all(torch.equal(*pair) for pair in zip(kept, (running_mean, running_var), strict=True))
+    mean, variance = room.statistics(y)
+    assert torch.equal(tables[0, 2], mean)
+    assert torch.equal(tables[0, 3], 1 / (variance + 1e-5).double().sqrt().float())  # torch.sqrt of float32 may be off
+    assert torch.equal(tables[0, 0], tables[0, 3] * weight)
+    assert torch.equal(tables[0, 1], -mean * tables[0, 0])
+    assert launches == ["moments", "fill_table"] * 3
+
+
+def test_fixed_statistics_take_one_launch(launches):
+    y, table = normal(PAIRS, F32, 1), torch.zeros(4, 130)
+    weight, bias, mean, variance = per_channel(130, 4, F32, 2).abs().unbind()
+    room.fill_table(table, 0, y, Norm(weight, bias, mean, variance, None, 0.1, 1e-5, 0, 1))
+    assert launches == ["fill_table"]
+    assert torch.equal(table[1], bias - mean * table[0])
+
+
+@pytest.mark.parametrize("counts", [(37, 41), (0, 41), (37, 0)])
+def test_what_follows_from_the_sums_equals_torch_bit_for_bit(counts, launches):
+    setup = SETUPS["many, channels last"]
+    y, residual, scales, _ = setup.given()
+    table = table_of(scales, F32)
+    call = {"time_steps": 4, "static": False, "parameters": False, "steps": True, "total": True}
+    grad = normal(y.shape, F32, 3, LAST)
+    with poisoned():
+        outputs = room.backward(grad, grad, y, residual, table, PUBLISHED, counts=counts, **call)
+    assert launches == ["bn_lif_backward", "add_slices"]
+    assert torch.equal(outputs.coefficients, norms.coefficients_of(table, outputs.sums, counts))
+    assert torch.equal(outputs.grad_norms, norms.parameter_gradients_of(table, outputs.sums))
+
+
+def test_sums_of_nothing_are_zero():
+    outputs = BackwardOutputs(*(None,) * 4, *(torch.full((rows, 2), torch.nan) for rows in (3, 6, 4)))
+    table, counts = table_of(SETUPS["many, channels last"].given()[2], F32), (37, 41)
+    assert room._add_slices(None, table, counts, outputs) is outputs
+    assert not outputs.sums.any()
+    assert not outputs.grad_norms.any()
+    assert torch.equal(outputs.coefficients, norms.coefficients_of(table, outputs.sums, counts))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -196,25 +270,29 @@ def test_layouts_are_read_in_place_or_copied():
 
 def test_only_what_is_asked_for():
     y, residual, scales, _ = SETUPS["many, channels last"].given()
-    means = per_channel(2, 2, F32, 13)
-    call = {"time_steps": 4, "static": False, "parameters": False}
+    table = table_of(scales, F32)
+    call = {"counts": (37, 41), "time_steps": 4, "static": False, "parameters": False}
     grad = guarded(normal(y.shape, F32, 3, LAST))
     results = []
     for steps, total in ((True, True), (True, False), (False, True)):
         with poisoned():
             asked = {"steps": steps, "total": total}
-            results.append(room.backward(grad, grad, y, residual, scales, means, PUBLISHED, **call, **asked))
-        assert [each is not None for each in results[-1]] == [steps, total, True, False, False]
-    (all_steps, total, sums, *_), (steps_alone, *_), (_, total_alone, *_) = results
+            results.append(room.backward(grad, grad, y, residual, table, PUBLISHED, **call, **asked))
+        assert [each is not None for each in results[-1]] == [steps, total, False, False, True, True, True]
+    (all_steps, total, *_), (steps_alone, *_), (_, total_alone, *_) = results
     assert torch.equal(steps_alone, all_steps)
     assert torch.equal(total_alone, total)
-    assert all(torch.equal(each[2], sums) for each in results)
+    for by_channel in zip(*(each[4:] for each in results), strict=True):
+        assert all(torch.equal(each, by_channel[0]) for each in by_channel)
 
 
 def test_no_numbers_need_no_kernel(monkeypatch):
     monkeypatch.setattr(launcher, "start", None)
     y = torch.zeros(2, 5, 0, 3)
     assert all(each.shape == (5,) and each.isnan().all() for each in room.statistics(y))
+    table = torch.zeros(4, 5)
+    room.fill_table(table, 0, y, Norm(None, None, None, None, None, 0.1, 1e-5, 1, 1))
+    assert table.isnan().all()
     assert room.normalised_gradient(y, y, torch.ones(3, 5), in_place=False).shape == y.shape
 
 
@@ -225,6 +303,9 @@ def statistics():
     for shape, layout in ((LONG, FIRST), (LONG, LAST), (PAIRS, LAST)):
         with contextlib.suppress(AssertionError) if cuda_host._planned is not None else contextlib.nullcontext():
             compare_statistics(room, guarded(normal(shape, F32, 1, layout)))
+    for batch in (True, False):
+        with contextlib.suppress(AssertionError) if cuda_host._planned is not None else contextlib.nullcontext():
+            compare_table(room, guarded(normal(PAIRS, F32, 1, FIRST)), batch=batch)
 
 
 BREAKS = {
@@ -247,6 +328,16 @@ BREAKS = {
     "all slices in the place of the first": (statistics, "* slices + walk.slice]", "* slices]"),
     "numbers ahead that are not there": (statistics, "if (i / EACH < there) squares =", "squares ="),
     "no barrier between warps": (statistics, "= all;\n  __syncthreads();\n", "= all;\n"),
+    "the first norm's scale": (statistics, "column[2 * index * channels]", "column[0]"),
+    "the first norm's mean": (statistics, "(2 * norms + index)", "(2 * norms)"),
+    "a biased running variance": (statistics, "variance * correction", "variance"),
+    "a batch for each channel": (statistics, "if (channel == 0) ++*batches", "++*batches"),
+    "a batch without statistics": (statistics, "if (channel == 0) ++*batches", ""),
+    "eps left out": (statistics, "variance + eps", "variance"),
+    "the other formula of lerp": (statistics, "to - way * (1 - weight)", "to - way * weight"),
+    "fixed statistics that are not": (statistics, "mean = old_mean, variance = old_variance", "mean = 0, variance = 1"),
+    "another norm's count": (VARYING, "i ? residual_count : count", "count"),
+    "another norm's deviation": (VARYING, "norms[(3 * NORMS + i)", "norms[(3 * NORMS)"),
     "means that do not move": (statistics, "at[1] += distance * weight;\n    at[2]", "at[2]"),
 }
 

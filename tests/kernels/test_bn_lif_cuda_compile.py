@@ -5,16 +5,16 @@ import re
 import pytest
 import torch
 
-from bn_lif_kernels import PUBLISHED, per_channel, tensors_of
+from bn_lif_kernels import PUBLISHED, per_channel, table_of, tensors_of
 from nvrtc import ARCHITECTURES, compiled, needs_cupy
 from seal_fast.kernels.bn_lif import cupy as room
+from seal_fast.kernels.bn_lif.norms import Norm
 from seal_fast.kernels.neuron.options import Options
 from seal_fast.kernels.surrogate.reference import Surrogate
 
 DTYPES = (torch.float32, torch.bfloat16)
 LAYOUTS = ("contiguous", "channels_last")
 LEARNED = Options(torch.full((64,), 1.7), True, torch.ones(64), -0.3, Surrogate(), False)
-STATISTICS = ("moments", "mean_and_variance")
 
 
 @pytest.fixture
@@ -32,11 +32,12 @@ def started(monkeypatch):
 def start(dtype, T, kind, layout, options=PUBLISHED, *, with_m=False, shape=(2, 64, 8, 8)):
     y, residual, scales, static = tensors_of(shape, T, kind, dtype, layout)
     call = {"time_steps": T, "static": static}
-    room.statistics(y)
+    table, counts = table_of(scales, dtype), (1,) * (len(scales) // 2)
+    room.fill_table(table, 0, y, Norm(None, None, None, None, None, 0.1, 1e-5, 1, 1))
     spikes, m, _ = room.forward(y, residual, scales, options, **call, keep_m=True, pack=options.in_tensors)
-    means, grad_m = per_channel(shape[1], len(scales) // 2, dtype, 1), m if with_m else None
-    asked = {"steps": True, "total": True, "parameters": options.in_tensors}
-    room.backward(spikes, grad_m, y, residual, scales, means, options, **call, **asked)
+    grad_m = m if with_m else None
+    asked = {"counts": counts, "steps": True, "total": True, "parameters": options.in_tensors}
+    room.backward(spikes, grad_m, y, residual, table, options, **call, **asked)
     room.normalised_gradient(spikes, spikes, per_channel(shape[1], 3, dtype, 1), in_place=True)
 
 
@@ -96,6 +97,9 @@ def test_16_bytes_at_once_and_nothing_fused(dtype, layout, started):
         assert got[1] >= stores, kernel
         if kernel == "bn_lif_forward":
             assert "fma.rn" not in ptx
+    for kernel in ("fill_table", "add_slices"):
+        ptx, _ = compiled(room.SOURCE, [started[kernel][0][0]], "sm_90")
+        assert not re.search(r"fma\.rn|\.approx", ptx), kernel
     started.clear()
     start(dtype, 10, "residual", layout)
     ptx, _ = compiled(room.SOURCE, [started["bn_lif_forward"][0][0]], "sm_90")
