@@ -31,9 +31,9 @@ class Norm(NamedTuple):
 
     @property
     def correction(self) -> float:
-        """Of the running variance, which is unbiased."""
+        """Of the running variance, which is unbiased; 1 where it is not updated."""
         seen = self.count * self.repeats
-        return seen / (seen - 1)
+        return seen / (seen - 1) if self.num_batches_tracked is not None else 1.0
 
 
 def scales(table: Tensor) -> Tensor:

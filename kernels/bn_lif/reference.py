@@ -67,7 +67,8 @@ def update_running_statistics(
     count: int | torch.Tensor,  # numbers that they are of
 ) -> None:
     """Let the running statistics see one more batch, as torch does."""
-    bn.num_batches_tracked.add_(1)
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
     momentum = 1.0 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
     bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
     bn.running_var.lerp_(variance.to(bn.running_var.dtype) * (count / (count - 1)), momentum)

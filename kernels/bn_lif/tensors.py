@@ -42,9 +42,9 @@ class ForwardOutputs(NamedTuple):
 
 
 class BackwardOutputs(NamedTuple):
-    """Empty gradients in the layout of y; below them, what there is of each neuron and each channel, in the state's dtype.
+    """Empty gradients in the layout of y; what there is of each neuron or channel is in the state's dtype.
 
-    With dm = ∂L/∂m and k norms; see norms.py.
+    With dm = ∂L/∂m, and k norms; see norms.py.
     """
 
     grad_steps: Tensor | None  # dm of each step [T·B, C, ...]

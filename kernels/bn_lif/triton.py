@@ -20,12 +20,12 @@ from ..launch.triton import ACCESS, argument, number, size, start
 from ..lif.reference import state_dtype
 from ..neuron.options import Options
 from ..neuron.triton import constants_of
-from .tensors import Inputs, alike, backward_outputs, forward_outputs, inputs
-from .triton_statistics import SIZES, add, normalised_gradient, statistics
+from .tensors import BackwardOutputs, Inputs, alike, backward_outputs, forward_outputs, inputs
+from .triton_statistics import SIZES, fill_table, finish, normalised_gradient, statistics
 from .triton_steps import steps_backward, steps_forward
 from .triton_tiles import enter, next_tile, tile_at, tiling
 
-__all__ = ["backward", "forward", "normalised_gradient", "statistics"]
+__all__ = ["backward", "fill_table", "forward", "normalised_gradient", "statistics"]
 
 THREADS = 128  # of a program
 CHUNK = 16  # most time steps that are in registers at once; half of them where a thread keeps too much of each
@@ -145,8 +145,7 @@ def _forward(
 def _backward(
     y,  # this and what follows as in _forward
     residual,
-    scales,
-    means,  # [1, C] or, with NORMALISED, [2, C] in the state's dtype
+    table,  # [4, C] or, with NORMALISED, [8, C] in the state's dtype: see norms.py
     grad_spikes,  # [T, N]
     grad_m,  # [T, N], [N] with ONCE, or None
     grad_steps,  # [T, N], or None
@@ -201,14 +200,14 @@ def _backward(
         tau, inverse_tau, decay, threshold = constants_of(
             constants, tau, inverse_tau, decay, threshold, split, size(1, 1), inner, STATE, False, 1
         )
-    scale = tl.load(scales + c, exists, other=0.0)
-    shift = tl.load(scales + C + c, exists, other=0.0)
-    mean = tl.load(means + c, exists, other=0.0)
+    scale = tl.load(table + c, exists, other=0.0)
+    shift = tl.load(table + C + c, exists, other=0.0)
+    mean = tl.load(table + (4 if NORMALISED else 2) * C + c, exists, other=0.0)
     residual_scale, residual_shift, residual_mean, sum_residual = None, None, None, None
     if NORMALISED:
-        residual_scale = tl.load(scales + 2 * C + c, exists, other=0.0)
-        residual_shift = tl.load(scales + 3 * C + c, exists, other=0.0)
-        residual_mean = tl.load(means + C + c, exists, other=0.0)
+        residual_scale = tl.load(table + 2 * C + c, exists, other=0.0)
+        residual_shift = tl.load(table + 3 * C + c, exists, other=0.0)
+        residual_mean = tl.load(table + 5 * C + c, exists, other=0.0)
         sum_residual = tl.zeros([ROWS, COLS], STATE)
     PARAMETERS: tl.constexpr = grad_threshold is not None
     sum_m = tl.zeros([ROWS, COLS], STATE)
@@ -289,7 +288,7 @@ def forward(
     _launch(
         _forward,
         -(-given.N // (THREADS * together)),
-        (*given[:2], scales.contiguous(), *out),
+        (*given[:2], scales, *out),
         given,
         options,
         chunk=_chunk(time_steps, ACCESS * (1 + (residual is not None)), KEPT_FORWARD),
@@ -308,26 +307,23 @@ def backward(
     grad_m: Tensor | None,  # as forward's m
     y: Tensor,  # this and what follows as in forward
     residual: Tensor | None,
-    scales: Tensor,
-    means: Tensor,  # [1, C] or [2, C] in the state's dtype: of y and, with [4, C] scales, of residual
+    table: Tensor,  # [4k, C] in the state's dtype, of the norm of y, and of that of residual if it has one
     options: Options,
     *,
+    counts: tuple[int, ...],  # of the k norms
     time_steps: int,
     static: bool,
     steps: bool,
     total: bool,
     parameters: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """∂L/∂m of each step [T·B, C, ...]; its sum over time [B, C, ...]; sums; each neuron's part in those of θ and 1/τ.
-
-    The sums by channel are Σ ∂L/∂m, Σ ∂L/∂m (y - mean) and, with [4, C] scales, the same of residual: [2 or 3, C].
-    """
+) -> BackwardOutputs:
+    """Gradients of the membrane input, of θ and 1/τ, and of the norms."""
     given = inputs(y, residual, time_steps, static=static)
-    out = backward_outputs(given, steps=steps, total=total, parameters=parameters)
-    y, dtype, state = given.y, y.dtype, scales.dtype
+    out = backward_outputs(given, len(counts), steps=steps, total=total, parameters=parameters)
+    y, dtype, state = given.y, y.dtype, table.dtype
     grad_spikes = alike(grad_spikes.to(dtype), y)
     grad_m = None if grad_m is None else alike(grad_m.to(dtype), y)
-    count = 1 + len(scales) // 2
+    count = 1 + len(counts)
     # Of each step y, a and h; residual and the gradient of m; x and v. Where neighbours have channels of their own,
     # also scales, shifts and means, and the neuron's constants.
     kept = dtype.itemsize * (2 + (count == 3) + (grad_m is not None) + parameters) + state.itemsize * (1 + parameters)
@@ -348,7 +344,7 @@ def backward(
     _launch(
         _backward,
         tiles.programs,
-        (*given[:2], scales.contiguous(), means.contiguous(), grad_spikes, grad_m, *out, partials, checkpoints),
+        (*given[:2], table, grad_spikes, grad_m, *out[:4], partials, checkpoints),
         given,
         options,
         chunk=chunk,
@@ -360,7 +356,8 @@ def backward(
         STAGES=STAGES if time_steps <= chunk else 1,
         **tiles.constants,
     )
-    return *out[:2], add(partials), *out[2:]
+    finish(partials, table, out, counts)
+    return out
 
 
 def _chunk(time_steps: int, kept: int, most: int) -> int:

@@ -2,7 +2,7 @@
 
 A program takes the mean k of its first tile and adds up y - k and its square. What it then subtracts from its squares
 is at most about as many times what is left as it has tiles, so that few digits are lost. A second kernel merges the
-mean and the sum of squared deviations of all programs.
+mean and the sum of squared deviations of all programs, and makes the norm's rows of the table; see norms.py.
 """
 
 import torch
@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.triton import ACCESS, size, start
+from ..launch.triton import ACCESS, argument, divide, number, size, start
 from ..lif.reference import state_dtype
-from .tensors import alike, dense, inputs
+from .norms import Norm
+from .tensors import BackwardOutputs, alike, dense, inputs
 from .triton_tiles import enter, next_tile, tile_at, tiling
 
 THREADS = 128  # of a program
@@ -27,7 +28,7 @@ STAGES = {"wide": 4, "narrow": 3}
 # [4, 256, 64, 32, 32] took 43 us with 2 to 6 and 49 with 16, of [4, 128, 512, 4, 4] 7 us with 4 and 21 with 16. The
 # gradient took 109 us with 12 where a channel is contiguous, and 97 with 16.
 PROGRAMS = {"statistics": 4, "gradient": 16}
-COLUMNS = 8  # of which a program of _merge or _add reads what others have left: a sector of the cache
+COLUMNS = 8  # channels of which a program of _merge or _finish reads what others have left: a sector of the cache
 # Rows that it reads at once, and its warps: with few splits, and with many, whose loads have to be asked for together.
 FEW, MANY = (64, 4), (1024, 16)
 # Of a thread of _normalised_gradient at once, for each tensor. On an H200, in bfloat16, it took 117 us with 1 where a
@@ -78,12 +79,23 @@ def _statistics(
     tl.store(out + 2 * C, tl.sum(squares, AXIS, keep_dims=True) - sums * mean, c < C)
 
 
-@triton.jit(do_not_specialize=["C", "positions", "every", "splits"])
+@triton.jit(do_not_specialize=["momentum", "eps", "correction", "C", "index", "norms", "positions", "every", "splits"])
 def _merge(
-    partials,
-    mean,  # [C] in the state's dtype
+    partials,  # as of _statistics; None: the running statistics are taken
+    mean,  # [C] in the state's dtype, or None
     variance,  # [C] likewise
+    table,  # [4 norms, C] likewise, or None: see norms.py
+    weight,  # [C], this and what follows as in Norm, or None
+    bias,
+    running_mean,
+    running_var,
+    tracked,  # None: there are no running statistics to update
+    momentum,
+    eps,
+    correction,
     C,
+    index,  # of the norm in the table
+    norms,
     positions,
     every,  # positions of a split
     splits,
@@ -94,19 +106,53 @@ def _merge(
     """Two passes: the mean, then the squared deviations from it. A thread's loads wait for no sum of other threads."""
     C, positions, every = size(C, 1), size(positions, 1), size(every, 1)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    origin = tl.load(partials + c, c < C, other=0.0)  # means count from here
-    sums = tl.zeros([SPLITS, BLOCK], STATE)
-    for begin in range(0, splits, SPLITS):
-        count, means, _, _ = _of_splits(partials, begin, origin, c, C, positions, every, splits, STATE, SPLITS)
-        sums += count * means
-    whole_mean = tl.sum(sums, 0, keep_dims=True) / positions.to(STATE)
-    squares = tl.zeros([SPLITS, BLOCK], STATE)
-    for begin in range(0, splits, SPLITS):
-        count, means, row, mask = _of_splits(partials, begin, origin, c, C, positions, every, splits, STATE, SPLITS)
-        apart = tl.where(mask, means - whole_mean, 0.0)  # the square of what does not exist could be infinite
-        squares += tl.load(row + 2 * C, mask, other=0.0) + count * (apart * apart)
-    tl.store(mean + c, origin + whole_mean, c < C)
-    tl.store(variance + c, tl.sum(squares, 0, keep_dims=True) / positions.to(STATE), c < C)
+    if partials is None:
+        m = tl.load(running_mean + c, c < C, other=0.0)
+        v = tl.load(running_var + c, c < C, other=0.0)
+    else:
+        origin = tl.load(partials + c, c < C, other=0.0)  # means count from here
+        sums = tl.zeros([SPLITS, BLOCK], STATE)
+        for begin in range(0, splits, SPLITS):
+            count, means, _, _ = _of_splits(partials, begin, origin, c, C, positions, every, splits, STATE, SPLITS)
+            sums += count * means
+        apart = tl.sum(sums, 0, keep_dims=True) / positions.to(STATE)
+        squares = tl.zeros([SPLITS, BLOCK], STATE)
+        for begin in range(0, splits, SPLITS):
+            count, means, row, mask = _of_splits(partials, begin, origin, c, C, positions, every, splits, STATE, SPLITS)
+            off = tl.where(mask, means - apart, 0.0)  # the square of what does not exist could be infinite
+            squares += tl.load(row + 2 * C, mask, other=0.0) + count * (off * off)
+        m = origin + apart
+        v = tl.sum(squares, 0, keep_dims=True) / positions.to(STATE)
+    if mean is not None:
+        tl.store(mean + c, m, c < C)
+        tl.store(variance + c, v, c < C)
+    if tracked is not None:
+        momentum = number(momentum, STATE)
+        _learn(running_mean + c, m, momentum, c < C)
+        _learn(running_var + c, v * number(correction, STATE), momentum, c < C)
+        if tl.program_id(0) == 0:
+            tl.store(tracked, tl.load(tracked) + 1)
+    if table is not None:
+        spread = v + number(eps, STATE)
+        scale = divide(tl.full([1, BLOCK], 1.0, STATE), tl.sqrt(spread) if tl.float64 == STATE else tl.sqrt_rn(spread))
+        row = table + c
+        tl.store(row + (3 * norms + index) * C, scale, c < C)
+        tl.store(row + (2 * norms + index) * C, m, c < C)
+        if weight is not None:
+            scale *= tl.load(weight + c, c < C, other=0.0)
+        shift = -(m * scale)
+        if bias is not None:
+            shift += tl.load(bias + c, c < C, other=0.0)
+        tl.store(row + 2 * index * C, scale, c < C)
+        tl.store(row + (2 * index + 1) * C, shift, c < C)
+
+
+@triton.jit
+def _learn(running, new, momentum, mask):
+    """`running` moved towards `new` by the momentum, as torch.lerp rounds it."""
+    old = tl.load(running, mask, other=0.0)
+    low, high = old + momentum * (new - old), new - (new - old) * (1 - momentum)
+    tl.store(running, tl.where(momentum < 0.5, low, high), mask)
 
 
 @triton.jit
@@ -120,22 +166,61 @@ def _of_splits(partials, begin, origin, c, C, positions, every, splits, STATE: t
     return count, tl.where(mask, means, 0.0), row, mask
 
 
-@triton.jit(do_not_specialize=["columns", "rows"])
-def _add(
-    partials,  # [rows, columns] in the state's dtype
-    sums,  # [columns] likewise
-    columns,
-    rows,
+@triton.jit(do_not_specialize=["count", "residual_count", "C", "splits"])
+def _finish(
+    partials,  # [splits, norms + 1, C] in the state's dtype, as what follows
+    table,  # [4 norms, C]: see norms.py
+    sums,  # this and what follows as in BackwardOutputs
+    coefficients,
+    grad_norms,
+    count,  # of y's norm, and of the residual's, in the state's dtype
+    residual_count,
+    C,
+    splits,
     STATE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,  # columns of a program
+    NORMALISED: tl.constexpr,  # whether the residual has a norm: norms is 2, else 1
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,  # channels of a program
 ):
+    """Add up the partial sums, and make what follows from the sums: norms.py has the formulas."""
+    C = size(C, 1)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    total = tl.zeros([ROWS, BLOCK], STATE)
-    for begin in range(0, rows, ROWS):
-        row = begin + tl.arange(0, ROWS)[:, None]
-        total += tl.load(partials + row.to(tl.int64) * columns + c, (row < rows) & (c < columns), other=0.0)
-    tl.store(sums + c, tl.sum(total, 0, keep_dims=True), c < columns)
+    of_m = tl.zeros([SPLITS, BLOCK], STATE)
+    of_y, of_residual = of_m, of_m
+    for begin in range(0, splits, SPLITS):
+        split = begin + tl.arange(0, SPLITS)[:, None]
+        mask = (split < splits) & (c < C)
+        row = partials + split.to(tl.int64) * ((3 if NORMALISED else 2) * C) + c
+        of_m += tl.load(row, mask, other=0.0)
+        of_y += tl.load(row + C, mask, other=0.0)
+        if NORMALISED:
+            of_residual += tl.load(row + 2 * C, mask, other=0.0)
+    NORMS: tl.constexpr = 2 if NORMALISED else 1
+    total = tl.sum(of_m, 0, keep_dims=True)
+    tl.store(sums + c, total, c < C)
+    _finish_norm(0, NORMS, tl.sum(of_y, 0, keep_dims=True), total, count, table, sums, coefficients, grad_norms, c, C)
+    if NORMALISED:
+        centred = tl.sum(of_residual, 0, keep_dims=True)
+        _finish_norm(1, NORMS, centred, total, residual_count, table, sums, coefficients, grad_norms, c, C)
+
+
+@triton.jit
+def _finish_norm(
+    INDEX: tl.constexpr, NORMS: tl.constexpr, centred, total, count, table, sums, coefficients, grad_norms, c, C
+):
+    count = -number(count, total.dtype)
+    scale = tl.load(table + 2 * INDEX * C + c, c < C, other=0.0)
+    mean = tl.load(table + (2 * NORMS + INDEX) * C + c, c < C, other=0.0)
+    inverse_std = tl.load(table + (3 * NORMS + INDEX) * C + c, c < C, other=0.0)
+    of_y = scale * inverse_std * inverse_std * centred / count
+    constant = scale * total / count - of_y * mean
+    tl.store(sums + (1 + INDEX) * C + c, centred, c < C)
+    row = coefficients + 3 * INDEX * C + c
+    tl.store(row, scale, c < C)
+    tl.store(row + C, tl.where(count < 0, of_y, 0.0), c < C)
+    tl.store(row + 2 * C, tl.where(count < 0, constant, 0.0), c < C)
+    tl.store(grad_norms + 2 * INDEX * C + c, inverse_std * centred, c < C)
+    tl.store(grad_norms + (2 * INDEX + 1) * C + c, total, c < C)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -172,26 +257,44 @@ def statistics(
     y: Tensor,  # [N, C, ...]
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance by channel, [C] in the state's dtype."""
-    given = inputs(y, None, 1, static=True)
-    state, C = state_dtype(y.dtype), given.C
-    mean, variance = (torch.empty(C, dtype=state, device=y.device) for _ in range(2))
-    shared = given.N, C, given.channel_stride, y.dtype
-    tiles = tiling(*shared, THREADS * AT_ONCE, y.device, PROGRAMS["statistics"])
-    width = tiles.constants["ALIGNED"] * y.dtype.itemsize
-    stages = STAGES["wide" if width == ACCESS else "narrow"]
-    if width < NARROW:
-        tiles = tiling(*shared, THREADS * AT_ONCE // 2, y.device, PROGRAMS["statistics"])
-    partials = torch.empty((tiles.splits, 3, C), dtype=state, device=y.device)
-    common = {
-        "device": y.device,
-        "num_warps": THREADS // 32,
-        "STATE": tl.float64 if state == torch.float64 else tl.float32,
-    }
-    start(_statistics, tiles.programs, given.y, partials, *tiles.sizes, **common, **tiles.constants, STAGES=stages)
-    numbers = C, given.N // C, tiles.positions, tiles.splits
-    rows, common["num_warps"] = _at_once(tiles.splits, state)
-    start(_merge, -(-C // COLUMNS), partials, mean, variance, *numbers, **common, SPLITS=rows, BLOCK=COLUMNS)
+    state = state_dtype(y.dtype)
+    mean, variance = (torch.empty(y.shape[1], dtype=state, device=y.device) for _ in range(2))
+    norm = Norm(None, None, None, None, None, 0.0, 0.0, 1, 1)
+    _take(y, norm, (mean, variance, None), 0, 0)
     return mean, variance
+
+
+def fill_table(
+    table: Tensor,  # [4k, C] in the state's dtype
+    index: int,  # of the norm
+    y: Tensor,  # [N, C, ...]
+    norm: Norm,
+) -> None:
+    """Rows of the norm of this index, of what it makes of y; its running statistics see y."""
+    _take(y, norm, (None, None, table), index, len(table) // 4)
+
+
+def _take(y: Tensor, norm: Norm, outputs: tuple[Tensor | None, ...], index: int, norms: int) -> None:
+    """Statistics of y, if the norm takes them, and what is made of them."""
+    state, C = state_dtype(y.dtype), y.shape[1]
+    common = {"device": y.device, "STATE": tl.float64 if state == torch.float64 else tl.float32}
+    partials, counts = None, (0, 0, 0)
+    if norm.count:
+        given = inputs(y, None, 1, static=True)
+        shared = given.N, C, given.channel_stride, y.dtype
+        tiles = tiling(*shared, THREADS * AT_ONCE, y.device, PROGRAMS["statistics"])
+        width = tiles.constants["ALIGNED"] * y.dtype.itemsize
+        stages = STAGES["wide" if width == ACCESS else "narrow"]
+        if width < NARROW:
+            tiles = tiling(*shared, THREADS * AT_ONCE // 2, y.device, PROGRAMS["statistics"])
+        partials = torch.empty((tiles.splits, 3, C), dtype=state, device=y.device)
+        more = {"num_warps": THREADS // 32, **tiles.constants, "STAGES": stages}
+        start(_statistics, tiles.programs, given.y, partials, *tiles.sizes, **common, **more)
+        counts = given.N // C, tiles.positions, tiles.splits
+    rows, warps = _at_once(counts[2], state)
+    numbers = (argument(value, state) for value in (norm.momentum, norm.eps, norm.correction))
+    arguments = (partials, *outputs, *norm[:5], *numbers, C, index, norms, *counts)
+    start(_merge, -(-C // COLUMNS), *arguments, **common, num_warps=warps, SPLITS=rows, BLOCK=COLUMNS)
 
 
 def _at_once(rows: int, state: torch.dtype) -> tuple[int, int]:
@@ -200,28 +303,33 @@ def _at_once(rows: int, state: torch.dtype) -> tuple[int, int]:
     return at_once * 4 // state.itemsize, warps
 
 
-def add(
-    partials: Tensor,  # [rows, ...]
-) -> Tensor:
-    """Sum over the rows, in an order that depends on their number alone."""
-    if len(partials) == 1:
-        return partials[0]
-    sums = torch.empty_like(partials[0])
-    rows, warps = _at_once(len(partials), partials.dtype)
+def finish(
+    partials: Tensor,  # [splits, k + 1, C]
+    table: Tensor,  # [4k, C]
+    outputs: BackwardOutputs,
+    counts: tuple[int, ...],  # of the k norms
+) -> None:
+    """Fill sums, coefficients and grad_norms. The order of addition depends on the number of splits alone."""
+    splits, _, C = partials.shape
+    rows, warps = _at_once(splits, partials.dtype)
     start(
-        _add,
-        -(-sums.numel() // COLUMNS),
+        _finish,
+        -(-C // COLUMNS),
         partials,
-        sums,
-        sums.numel(),
-        len(partials),
+        table,
+        outputs.sums,
+        outputs.coefficients,
+        outputs.grad_norms,
+        *(argument(count, partials.dtype) for count in (counts[0], counts[-1])),
+        C,
+        splits,
         device=partials.device,
         num_warps=warps,
         STATE=tl.float64 if partials.dtype == torch.float64 else tl.float32,
-        ROWS=rows,
+        NORMALISED=len(counts) == 2,
+        SPLITS=rows,
         BLOCK=COLUMNS,
     )
-    return sums
 
 
 def normalised_gradient(
@@ -243,7 +351,7 @@ def normalised_gradient(
         tiles.programs,
         rows,
         None if y is None else alike(y, rows),
-        coefficients.contiguous(),
+        coefficients,
         out,
         *tiles.sizes,
         device=grad.device,

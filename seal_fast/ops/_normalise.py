@@ -1,50 +1,19 @@
-"""What a batch-norm module is to the fused operator: numbers by channel, and the gradient that passes them."""
+"""What batch-norm modules are to the fused operator."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..kernels.bn_lif import ranks
+from ..kernels.bn_lif import norms, ranks
+from ..kernels.bn_lif.norms import Norm
 from ..kernels.bn_lif.reference import has_step_modes, update_running_statistics
+from ..kernels.lif.reference import state_dtype
 
 _PLAIN = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
-
-
-class Norm(NamedTuple):
-    """y scale + shift, with scale = weight · inverse_std and shift = bias - mean · scale; all [C], in one dtype."""
-
-    mean: Tensor
-    inverse_std: Tensor
-    count: int | Tensor  # numbers that each mean was taken of; 0 where it is a constant
-    group: ProcessGroup | None = None  # ranks whose numbers they were, where they are several
-
-    @property
-    def constant(self) -> bool:
-        """Whether the mean is none of these numbers'."""
-        return isinstance(self.count, int) and self.count == 0
-
-    def scales(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scale and shift."""
-        scale = self.inverse_std if weight is None else self.inverse_std * weight
-        return scale, -self.mean * scale if bias is None else torch.addcmul(bias, self.mean, scale, value=-1)
-
-    def coefficients(self, scale: Tensor, total: Tensor, centred: Tensor) -> Tensor:
-        """[3, C] of y's gradient c0 dm + c1 y + c2, or c0 dm where the mean is constant.
-
-        From Σ dm and Σ dm (y - mean), over all numbers that the mean was taken of.
-        """
-        if self.constant:
-            return scale.expand(3, -1).contiguous()
-        c1 = scale * self.inverse_std * self.inverse_std * centred / -self.count
-        c2 = scale * total / -self.count - c1 * self.mean
-        return torch.stack((scale, c1, c2))
-
-
-NO_NORM = Norm(None, None, 0)
 
 
 def can_fuse(bn: nn.Module) -> bool:
@@ -58,23 +27,59 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks)
 
 
-def norm_of(bn: nn.Module, y: Tensor, repeats: int, statistics) -> Norm:
-    """What `bn` makes of y [N, C, ...], each row of which occurs `repeats` times; updates its running statistics.
+def table_of(
+    given: list[tuple[nn.Module, Tensor, int]],  # batch norms, what they are given [N, C, ...], and how often it occurs
+    group: ProcessGroup | None,  # ranks that share the statistics, where they are several
+    kernel: ModuleType | None,  # that can be launched directly; else the call is traced
+    statistics,  # the registered operator: [N, C, ...] -> mean and biased variance [C]
+) -> tuple[Tensor, tuple[int | Tensor, ...]]:
+    """The norms' table and counts, as in kernels/bn_lif/norms.py; their running statistics see the batch.
 
     Raises:
-        ValueError: There is one number for each channel, which has no variance.
+        ValueError: A norm in training has one element per channel, which has no variance.
     """
-    trains = bn.training or bn.running_mean is None
-    if not trains:
-        return Norm(bn.running_mean, torch.rsqrt(bn.running_var + bn.eps), 0)
-    count: int | Tensor = y.numel() // y.shape[1]
-    group = ranks.synchronised(bn)
+    found = [_norm_of(*each, group) for each in given]
+    state, device = state_dtype(given[0][1].dtype), given[0][1].device
+    if kernel is not None and group is None and all(_fits_kernels(norm, state, device) for norm in found):
+        table = torch.empty(4 * len(given), given[0][1].shape[1], dtype=state, device=device)
+        for i, (norm, (_, y, _)) in enumerate(zip(found, given, strict=True)):
+            kernel.fill_table(table, i, y.detach(), norm)
+        return table, tuple(norm.count for norm in found)
+    counts, rows = [], []
+    with torch.no_grad():
+        for norm, (bn, y, _) in zip(found, given, strict=True):
+            count, mean, variance = norm.count, norm.running_mean, norm.running_var
+            if count:
+                mean, variance = (kernel.statistics if kernel else statistics)(y.detach())
+                if group is not None:
+                    mean, variance, count = ranks.merged(mean, variance, count, group)
+                if norm.num_batches_tracked is not None:
+                    update_running_statistics(bn, mean, variance, count * norm.repeats)
+            rows.append((mean, torch.rsqrt(variance + norm.eps), norm.weight, norm.bias))
+            counts.append(count)
+        return norms.table_of(rows).to(state), tuple(counts)
+
+
+def _norm_of(bn: nn.Module, y: Tensor, repeats: int, group: ProcessGroup | None) -> Norm:
+    tensors = bn.weight, bn.bias, bn.running_mean, bn.running_var
+    if not bn.training and bn.running_mean is not None:
+        return Norm(*tensors, None, 0.0, bn.eps, 0, repeats)
+    count = y.numel() // y.shape[1]
     if count * repeats == 1 and group is None:
         raise ValueError(f"y must have more than one number for each channel to train batch norm; got {list(y.shape)}.")
-    with torch.no_grad():
-        mean, variance = statistics(y.detach())
-        if group is not None:
-            mean, variance, count = ranks.merged(mean, variance, count, group)
-        if bn.training and bn.track_running_stats:
-            update_running_statistics(bn, mean, variance, count * repeats)
-        return Norm(mean, torch.rsqrt(variance + bn.eps), count, group)
+    tracked = None
+    if bn.training and bn.track_running_stats:
+        tracked = bn.num_batches_tracked
+        if tracked is None:  # torch lets it be missing
+            tracked = torch.zeros((), dtype=torch.int64, device=y.device)
+    return Norm(*tensors, tracked, bn.momentum, bn.eps, count, repeats)
+
+
+def _fits_kernels(norm: Norm, state: torch.dtype, device: torch.device) -> bool:
+    """Whether kernels can take the norm's tensors where they lie, and its momentum, which is None for a mean of all."""
+    tracked = norm.num_batches_tracked
+    return (
+        norm.momentum is not None
+        and (tracked is None or tracked.device == device)
+        and all(tensor is None or (tensor.dtype == state and tensor.is_contiguous()) for tensor in norm[:4])
+    )

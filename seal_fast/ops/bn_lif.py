@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..backends import resolve
 from ..kernels.bn_lif import ranks, reference
+from ..kernels.bn_lif.norms import coefficients_of, scales
 from ..kernels.bn_lif.tensors import backward_outputs, forward_outputs, inputs
 from ..kernels.lif.reference import state_dtype
 from ..kernels.neuron.options import Options
@@ -24,7 +25,7 @@ from ._arguments import (
     shape,
 )
 from ._dispatch import is_eager, kernel_module
-from ._normalise import NO_NORM, Norm, can_fuse, norm_of
+from ._normalise import can_fuse, table_of
 from .lif import lif as lif_operator
 
 
@@ -76,23 +77,28 @@ def bn_lif(
 
     options = neuron_options(*(getattr(lif, name) for name in NEURON_OPTIONS))
     numbers, learned = _neuron.numbers_of(options, chosen)
-    eager = is_eager(y, residual, *learned)
-    statistics = functools.partial(_find_statistics if eager else _statistics, backend=chosen)
-    norm = norm_of(bn, y, time_steps if static else 1, statistics)
-    of_residual, parameters = NO_NORM, (None, None)
+    eager, (group,) = is_eager(y, residual, *learned), groups
+    given = [(bn, y, time_steps if static else 1)]
     if residual_bn is not None:
-        repeats = 1 if residual.shape[0] > batch else time_steps
-        of_residual, parameters = (
-            norm_of(residual_bn, residual, repeats, statistics),
-            (residual_bn.weight, residual_bn.bias),
-        )
+        given.append((residual_bn, residual, 1 if residual.shape[0] > batch else time_steps))
+    kernel = _kernel(chosen) if eager else None
+    table, counts = table_of(given, group, kernel, functools.partial(_statistics, backend=chosen))
+    parameters = [parameter for module in norms for parameter in (module.weight, module.bias)]
     call = _Call(
-        *(y, residual, *learned, bn.weight, bn.bias, *parameters, norm.mean, norm.inverse_std),
-        *(of_residual.mean, of_residual.inverse_std),
-        *(norm.count, of_residual.count, numbers, time_steps, static, return_membrane_input, _packed.wanted()),
+        *(
+            y,
+            residual,
+            *learned,
+            *parameters,
+            *[None] * (4 - len(parameters)),
+            table,
+            *counts,
+            *[0] * (2 - len(counts)),
+        ),
+        *(numbers, time_steps, static, return_membrane_input, _packed.wanted()),
     )
-    if eager or norm.group is not None:
-        spikes, m, packed = _Eager.apply(norm.group, *call.flat())
+    if eager or group is not None:
+        spikes, m, packed = _Eager.apply(group, *call.flat())
     else:
         spikes, m, packed = _bn_lif(*call.flat())
     if call.pack:
@@ -146,13 +152,9 @@ def _check_norm(name: str, bn: nn.Module, input_name: str, y: Tensor) -> None:
 _kernel = functools.partial(kernel_module, "bn_lif")
 
 
-def _find_statistics(y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return _kernel(backend).statistics(y)
-
-
 _statistics = torch.library.custom_op(
     "seal_fast::batch_statistics",
-    _find_statistics,
+    lambda y, backend: _kernel(backend).statistics(y),
     mutates_args=(),
     schema="(Tensor y, str backend) -> (Tensor, Tensor)",
 )
@@ -174,10 +176,7 @@ class _Call(NamedTuple):
     bias: Tensor | None
     residual_weight: Tensor | None
     residual_bias: Tensor | None
-    mean: Tensor
-    inverse_std: Tensor
-    residual_mean: Tensor | None
-    residual_inverse_std: Tensor | None
+    table: Tensor  # as in kernels/bn_lif/norms.py, as are the counts
     count: int
     residual_count: int
     numbers: tuple
@@ -189,27 +188,17 @@ class _Call(NamedTuple):
     @classmethod
     def parse(cls, flat: tuple) -> _Call:
         """What `flat` gave."""
-        return cls(*flat[:14], flat[14:-4], *flat[-4:])
+        return cls(*flat[:11], flat[11:-4], *flat[-4:])
 
     def flat(self) -> tuple:
         """The arguments of the registered operator."""
         values = tuple(self)  # torch 2.6 cannot compile a slice of a named one
-        return (*values[:14], *self.numbers, *values[15:])
+        return (*values[:11], *self.numbers, *values[12:])
 
     @property
-    def norms(self) -> tuple[Norm, Norm | None]:
-        """What y and the residual pass."""
-        of_residual = Norm(self.residual_mean, self.residual_inverse_std, self.residual_count)
-        return Norm(self.mean, self.inverse_std, self.count), None if self.residual_mean is None else of_residual
-
-    @property
-    def scales(self) -> Tensor:
-        """[2, C], or [4, C] with a batch norm of the residual, as kernels take them."""
-        norm, of_residual = self.norms
-        rows = norm.scales(self.weight, self.bias)
-        if of_residual is not None:
-            rows += of_residual.scales(self.residual_weight, self.residual_bias)
-        return torch.stack(rows).to(state_dtype(self.y.dtype))
+    def counts(self) -> tuple[int | Tensor, ...]:
+        """Of the norms in the table."""
+        return (self.count, self.residual_count)[: len(self.table) // 4]
 
     @property
     def rest(self) -> dict:
@@ -224,27 +213,29 @@ class _Call(NamedTuple):
 
 _SCHEMA = (
     "Tensor y, Tensor? residual, Tensor? tau_tensor, Tensor? threshold_tensor, Tensor? weight, Tensor? bias, "
-    "Tensor? residual_weight, Tensor? residual_bias, Tensor mean, Tensor inverse_std, Tensor? residual_mean, "
-    f"Tensor? residual_inverse_std, int count, int residual_count, {_neuron.SCHEMA}, int time_steps, bool static, "
-    "bool keep_m, bool pack"
+    "Tensor? residual_weight, Tensor? residual_bias, Tensor table, int count, int residual_count, "
+    f"{_neuron.SCHEMA}, int time_steps, bool static, bool keep_m, bool pack"
 )
-_TENSORS = 12  # the first of the arguments
+_TENSORS = 9  # the first of the arguments
 
 
 def _run(*flat):
     call = _Call.parse(flat)
-    outputs = _kernel(call.numbers[-1]).forward(
-        call.y, call.residual, call.scales, call.options, **call.rest, keep_m=call.keep_m, pack=call.pack
+    return _kernel(call.numbers[-1]).forward(
+        call.y, call.residual, scales(call.table), call.options, **call.rest, keep_m=call.keep_m, pack=call.pack
     )
-    return _or_empty(call.y, outputs)
 
 
 def _or_empty(like: Tensor, outputs) -> tuple[Tensor, ...]:
+    """What a registered operator returns: tensors."""
     return tuple(like.new_empty(0) if output is None else output for output in outputs)
 
 
 _bn_lif = torch.library.custom_op(
-    "seal_fast::bn_lif", _run, mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+    "seal_fast::bn_lif",
+    lambda *flat: _or_empty(flat[0], _run(*flat)),
+    mutates_args=(),
+    schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -256,43 +247,45 @@ def _(*flat):
 
 
 def _run_backward(grad_spikes, grad_m, *arguments, group=None):
-    """Gradients of y, residual, θ, 1/τ (each neuron's part) and the four parameters, empty where not wanted."""
+    """Gradients of y, residual, θ, 1/τ (each neuron's part) and the norms' four parameters; None where not wanted."""
     *flat, needs_y, needs_residual = arguments
     call = _Call.parse(tuple(flat))
-    y, residual, scales = call.y, call.residual, call.scales
+    y, residual, counts = call.y, call.residual, call.counts
     kernel = _kernel(call.numbers[-1])
     batch = y.shape[0] if call.static else y.shape[0] // call.time_steps
     wanted = [needs_y, residual is not None and needs_residual]
     static = [call.static, residual is not None and residual.shape[0] == batch]
-    of_steps = [want and not summed for want, summed in zip(wanted, static, strict=True)]
-    of_total = [want and summed for want, summed in zip(wanted, static, strict=True)]
-    norms = [norm for norm in call.norms if norm is not None]
-    steps, total, sums, grad_threshold, grad_inverse_tau = kernel.backward(
-        *(grad_spikes, grad_m, y, residual, scales),
-        *(torch.stack([norm.mean for norm in norms]).to(scales.dtype), call.options),
+    found = kernel.backward(
+        *(grad_spikes, grad_m, y, residual, call.table, call.options),
+        counts=counts if group is None else (0,) * len(counts),
         **call.rest,
-        steps=any(of_steps),
-        total=any(of_total),
+        steps=any(want and not summed for want, summed in zip(wanted, static, strict=True)),
+        total=any(want and summed for want, summed in zip(wanted, static, strict=True)),
         parameters=call.tau is not None or call.threshold is not None,
     )
-    rows = [total if summed else steps for summed in static]
-    all_sums = ranks.summed(sums, group)
+    coefficients = found.coefficients
+    if group is not None:
+        coefficients = coefficients_of(call.table, ranks.summed(found.sums, group), counts)
+    rows = [found.grad_total if summed else found.grad_steps for summed in static]
     grads = [None, rows[1] if wanted[1] else None]
-    for i, (norm, source) in enumerate(zip(norms, (y, residual), strict=False)):
+    for i, (count, source) in enumerate(zip(counts, (y, residual), strict=False)):
         if wanted[i]:
             needed_again = i == 0 and wanted[1] and static[0] == static[1]
-            coefficients = norm.coefficients(scales[2 * i], all_sums[0], all_sums[1 + i])
-            source = None if norm.constant else source
-            grads[i] = kernel.normalised_gradient(rows[i], source, coefficients, in_place=not needed_again)
-    grads += [grad_threshold, grad_inverse_tau]
-    for i, norm in enumerate(norms):
-        grads += [norm.inverse_std * sums[1 + i], sums[0].clone()]
-    return _or_empty(y, (*grads, *[None] * (8 - len(grads))))
+            source = None if isinstance(count, int) and count == 0 else source
+            of_norm = coefficients[3 * i : 3 * i + 3]
+            grads[i] = kernel.normalised_gradient(rows[i], source, of_norm, in_place=not needed_again)
+    grads += [found.grad_threshold, found.grad_inverse_tau, *found.grad_norms.unbind()]
+    return *grads, *[None] * (8 - len(grads))
+
+
+def _run_backward_apart(*arguments):
+    grads = _or_empty(arguments[0], _run_backward(*arguments))
+    return *grads[:4], *(grad.clone() for grad in grads[4:])  # a registered operator's outputs share no memory
 
 
 _bn_lif_backward = torch.library.custom_op(
     "seal_fast::bn_lif_backward",
-    lambda *arguments: _run_backward(*arguments),
+    _run_backward_apart,
     mutates_args=(),
     schema=(
         f"(Tensor grad_spikes, Tensor? grad_m, {_SCHEMA}, bool needs_y, bool needs_residual) -> "
@@ -307,11 +300,10 @@ def _(grad_spikes, grad_m, *arguments):
     call = _Call.parse(tuple(flat))
     given = inputs(call.y, call.residual, **call.rest)
     parameters = call.tau is not None or call.threshold is not None
-    outputs = backward_outputs(given, steps=True, total=False, parameters=parameters)
+    outputs = backward_outputs(given, len(call.counts), steps=True, total=False, parameters=parameters)
     rows = [given.y if needs_y else None, given.residual if needs_residual else None]
     grads = [None if row is None else torch.empty_like(row) for row in rows]
-    of_norms = [call.mean, call.mean, *([] if call.residual_mean is None else [call.mean, call.mean])]
-    grads += [*outputs[2:], *(torch.empty_like(row, dtype=state_dtype(call.y.dtype)) for row in of_norms)]
+    grads += [*outputs[2:4], *map(torch.empty_like, outputs.grad_norms)]
     return _or_empty(call.y, (*grads, *[None] * (8 - len(grads))))
 
 
@@ -337,7 +329,7 @@ def _gradients(ctx, needs, run, grad_spikes, grad_m):
             None if parameter is None else grad.to(parameter.dtype)
             for parameter, grad in zip(parameters, of_parameters, strict=True)
         ),
-        *[None] * (4 + len(ctx.rest)),
+        *[None] * (len(ctx.rest) + 1),
     )
 
 
@@ -349,7 +341,7 @@ class _Eager(torch.autograd.Function):
         output = _run(*flat)
         _save(ctx, flat, output)
         ctx.group = group
-        ctx.mark_non_differentiable(output[2])
+        ctx.mark_non_differentiable(*output[2:] if output[2] is not None else ())
         return output
 
     @staticmethod

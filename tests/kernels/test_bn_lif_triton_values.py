@@ -14,8 +14,8 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 
 import bn_lif_kernels as expected
 from bn_lif_kernels import CASES, KINDS, LAYOUTS, PUBLISHED
+from seal_fast.kernels.bn_lif import tensors, triton_statistics, triton_tiles
 from seal_fast.kernels.bn_lif import triton as kernel
-from seal_fast.kernels.bn_lif import triton_statistics, triton_tiles
 from seal_fast.kernels.surrogate.reference import SURROGATES, Surrogate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -136,10 +136,11 @@ def test_programs_share_tiles(shape, layout, programs, turns, monkeypatch):
     y = expected.normal(shape, torch.float32, 1, layout, DEVICE)
     expected.compare_statistics(kernel, y)
     expected.compare_statistics(kernel, y + 1000)
+    expected.compare_table(kernel, y)
     expected.compare_normalised_gradient(kernel, y, y + 1)
     for tiles in made:
         assert (tiles.sizes[3] > 1) == (programs == 1)  # tiles of a program
-        assert (tiles.splits > 2) == (turns < 64 or programs > 1)  # more than _merge and _add read at once
+        assert (tiles.splits > 2) == (turns < 64 or programs > 1)  # more than _merge and _finish read at once
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,6 +149,8 @@ def test_batch_norm_alone(shape, layout, dtype):
     y = expected.normal(shape, dtype, 1, layout, DEVICE)
     grad = expected.normal(shape, dtype, 2, layout, DEVICE)
     expected.compare_statistics(kernel, y)
+    for affine, batch in ((True, True), (False, True), (True, False)):
+        expected.compare_table(kernel, y, affine=affine, batch=batch)
     expected.compare_normalised_gradient(kernel, grad, y)
     expected.compare_normalised_gradient(kernel, grad, None)
 
@@ -161,13 +164,17 @@ def test_more_splits_than_are_merged_at_once(monkeypatch):
     expected.compare_statistics(kernel, y)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 64, 65, 1024, 1025, 2500])
+@pytest.mark.parametrize("splits", [1, 2, 64, 65, 1024, 1025, 2500])
 @pytest.mark.parametrize("state", [torch.float32, torch.float64], ids=str)
-def test_partial_sums_are_added(rows, state):
-    """Fewer and more than are read at once, in columns that fill no program."""
-    partials = expected.normal((rows, 3, 11), state, rows, "contiguous", DEVICE)
+def test_partial_sums_are_added(splits, state):
+    """Fewer and more than are read at once, of channels that fill no program."""
+    C, k = 11, 2
+    partials = expected.normal((splits, k + 1, C), state, splits, "contiguous", DEVICE)
+    given = tensors.inputs(torch.zeros(1, C, dtype=state, device=DEVICE), None, 1, static=True)
+    outputs = tensors.backward_outputs(given, k, steps=False, total=False, parameters=False)
+    triton_statistics.finish(partials, torch.ones(4 * k, C, dtype=state, device=DEVICE), outputs, (5,) * k)
     unit = {torch.float32: 1e-6, torch.float64: 1e-15}[state]  # of the sum of magnitudes; measured 8e-8 and 1.3e-16
-    apart = (triton_statistics.add(partials).double() - partials.double().sum(0)).abs()
+    apart = (outputs.sums.double() - partials.double().sum(0)).abs()
     assert (apart <= unit * partials.double().abs().sum(0)).all()
 
 
@@ -225,11 +232,11 @@ def test_any_layout(how, of):
 def test_gradients_are_only_made_where_they_are_asked_for():
     for steps, total in product([False, True], repeat=2):
         y, residual, scales, _ = expected.tensors_of((2, 3, 2, 2), 2, "residual", torch.float32, "contiguous", DEVICE)
-        arguments = (y, None, y, residual, scales, scales[:1], PUBLISHED)
-        options = {"time_steps": 2, "static": False, "parameters": False}
+        arguments = (y, None, y, residual, expected.table_of(scales, y.dtype), PUBLISHED)
+        options = {"counts": (16,), "time_steps": 2, "static": False, "parameters": False}
         both = kernel.backward(*arguments, **options, steps=True, total=True)
         got = kernel.backward(*arguments, **options, steps=steps, total=total)
-        for asked, one, other in zip((steps, total, True, False, False), got, both, strict=True):
+        for asked, one, other in zip((steps, total, False, False, *[True] * 3), got, both, strict=True):
             assert (one is not None) == asked
             assert one is None or torch.equal(one, other)
 
@@ -237,9 +244,10 @@ def test_gradients_are_only_made_where_they_are_asked_for():
 def test_gradients_come_in_any_layout():
     """An upstream gradient that is one number for all, and one in another layout than y."""
     y, _, scales, _ = expected.tensors_of((2, 3, 2, 2), 2, "no residual", torch.float32, "channels_last", DEVICE)
-    options = {"time_steps": 2, "static": False, "steps": True, "total": True, "parameters": False}
+    options = {"counts": (16,), "time_steps": 2, "static": False, "steps": True, "total": True, "parameters": False}
+    table = expected.table_of(scales, y.dtype)
     ones = torch.ones((), device=DEVICE).expand_as(y)
-    plain = kernel.backward(torch.ones_like(y), torch.ones_like(y), y, None, scales, scales[:1], PUBLISHED, **options)
+    plain = kernel.backward(torch.ones_like(y), torch.ones_like(y), y, None, table, PUBLISHED, **options)
     for grads in ((ones, ones), (ones.contiguous(), ones.contiguous()), (ones.double(), ones)):
-        got = kernel.backward(*grads, y, None, scales, scales[:1], PUBLISHED, **options)
-        assert all(torch.equal(*pair) for pair in zip(got[:3], plain[:3], strict=True))
+        got = kernel.backward(*grads, y, None, table, PUBLISHED, **options)
+        assert all(torch.equal(*pair) for pair in zip((*got[:2], *got[4:]), (*plain[:2], *plain[4:]), strict=True))

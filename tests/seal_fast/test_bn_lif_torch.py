@@ -24,19 +24,18 @@ def leaf(*shape):
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("normalised", [True, False])
 def test_opcheck(normalised, trains):
-    norm = [torch.randn(C), torch.rand(C) + 0.5]
+    table = torch.rand(8 if normalised else 4, C) + 0.5
     per_channel = [leaf(C), leaf(C), *((leaf(C), leaf(C)) if normalised else (None, None))]
     tensors = [leaf(T * B, C, 5), leaf(T * B, C, 5), torch.tensor(2.0, requires_grad=True), None]
     counts = [T * B * 5 * trains, T * B * 5 * trains * normalised]
-    arguments = (*tensors, *per_channel, *norm, *(norm if normalised else (None, None)), *counts, *NUMBERS)
+    arguments = (*tensors, *per_channel, table, *counts, *NUMBERS)
     torch.library.opcheck(torch.ops.seal_fast.bn_lif.default, (*arguments, T, False, True, True))
     torch.library.opcheck(torch.ops.seal_fast.batch_statistics.default, (torch.randn(6, C, 5), "cpu"))
 
 
 def test_a_static_frame_passes_opcheck():
     y = torch.randn(B, C, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
-    norm = torch.randn(C), torch.rand(C) + 0.5
-    arguments = (y, None, None, None, leaf(C), leaf(C), None, None, *norm, None, None, B * 25, 0, *NUMBERS)
+    arguments = (y, None, None, None, leaf(C), leaf(C), None, None, torch.rand(4, C) + 0.5, B * 25, 0, *NUMBERS)
     torch.library.opcheck(torch.ops.seal_fast.bn_lif.default, (*arguments, T, True, False, False))
 
 
