@@ -3,6 +3,7 @@
 Launches take the launcher's own way, up to the start of the kernel.
 """
 
+import importlib
 import os
 import re
 from collections import Counter
@@ -23,7 +24,10 @@ from seal_fast.kernels.bn_lif import triton as kernel
 from seal_fast.kernels.bn_lif import triton_statistics, triton_tiles
 from seal_fast.kernels.bn_lif.norms import Norm
 from seal_fast.kernels.lif.reference import state_dtype
+from seal_fast.nn import LIFNode
 from triton_on_cpu import CAPABILITIES, compiling, machine_code, registers
+
+operator = importlib.import_module("seal_fast.ops.bn_lif")  # the package has the function by this name
 
 NAMES = ("_statistics", "_merge", "_forward", "_backward", "_finish", "_normalised_gradient")
 MOST = dict(zip(NAMES, (128, 96, 160, 255, 64, 112), strict=True))  # registers; measured 113, 86, 118, 247, 53 and 102
@@ -225,6 +229,28 @@ def test_a_launch_only_allocates(layout, static):
         kernel.normalised_gradient(y, y, torch.zeros(3, 6), in_place=True)
     allocations = {"empty_strided", "empty_like", "empty", "zeros"}  # zeros: coefficients, of the test itself
     assert set(calls.names) - {"select", "slice", "detach", "view", "alias"} <= allocations
+
+
+@pytest.mark.parametrize("residual_bn", [None, torch.nn.BatchNorm2d(6)], ids=["a norm", "two norms"])
+def test_a_layer_computes_nothing_besides_its_kernels(residual_bn, monkeypatch):
+    """Three kernels each way, and for a residual's norm two more and one more; in evaluation two, and one more."""
+    monkeypatch.setattr(operator, "resolve", lambda *_: "triton")
+    bn, neuron, norms = torch.nn.BatchNorm2d(6), LIFNode(), 1 + (residual_bn is not None)
+    y, residual = (torch.zeros(8, 6, 4, 4, requires_grad=True) for _ in range(2))
+    arguments = {"time_steps": 4, "residual": residual, "residual_bn": residual_bn}
+    with compiling(90) as kernels, Calls() as calls:
+        spikes = operator.bn_lif(y, bn, neuron, **arguments)
+        spikes.backward(torch.zeros_like(spikes))
+    forward, backward = ["_statistics", "_merge"] * norms, ["_backward", "_finish"]
+    assert [each.name for each in kernels] == [*forward, "_forward", *backward, *["_normalised_gradient"] * norms]
+    views = {"select", "slice", "detach", "view", "alias", "unbind"}
+    assert set(calls.names) - views - {"zeros_like"} <= {"empty_strided", "empty_like", "empty"}
+    for module in (bn, residual_bn or bn):
+        module.eval()
+    with compiling(90) as kernels, Calls() as calls, torch.no_grad():
+        operator.bn_lif(y, bn, neuron, **arguments)
+    assert [each.name for each in kernels] == [*["_merge"] * norms, "_forward"]
+    assert set(calls.names) - views <= {"empty_strided", "empty_like", "empty"}
 
 
 def test_constants_in_tensors_are_not_waited_for():
