@@ -91,7 +91,8 @@ def _layer(y, residual, upstream, T, kind, device, backend):
         evaluated = seal_fast.bn_lif(leaf, bn, node, **options)
     names = ("gradient", "weight", "bias", "residual_gradient")
     found = dict(zip(names, gradients, strict=False))
-    return {"spikes": spikes, "evaluated": evaluated, "running_var": bn.running_var, **found}
+    running = {"running_mean": bn.running_mean, "running_var": bn.running_var, "tracked": bn.num_batches_tracked}
+    return {"spikes": spikes, "evaluated": evaluated, **running, **found}
 
 
 def seal_loss(backend: str) -> None:
