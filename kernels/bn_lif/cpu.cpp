@@ -1,4 +1,4 @@
-// Batch norm + residual + LIF on the CPU: tensors.py says what y, residual and the numbers by channel are.
+// Batch norm + residual + LIF on the CPU: tensors.py says what y and residual are, norms.py what the table is.
 //
 // A thread takes a block of neurons through all T steps in the first-level cache, normalising on the way. Compiled once
 // for each instruction set in ISA (setup.py).
@@ -20,22 +20,27 @@ struct BnLifArguments {
   const void *grad_spikes, *grad_m;             // [T, N]
   void *grad_steps, *grad_total;                // [T, N], [N]
   void *grad_threshold, *grad_inverse_tau;      // [N] in the state's type: the sum over T of each neuron's part
-  const void *scales, *means;                   // [2 or 4, C] and [1 or 2, C] in the state's type
-  double* sums;                                 // [threads, 2 or 3, C], zeros
+  const void* table;                            // [4k, C] of k norms, in the state's type; forward reads its scales alone
+  void *sums, *coefficients, *grad_norms;       // as in BackwardOutputs
   int64_t T, N, C, channel_stride;
   int64_t y_stride, residual_stride, m_stride;  // along T, in elements; 0 repeats one row; grad_m's is m's
+  int64_t count, residual_count;                // of the norms
   NeuronArguments neuron;
-  int32_t dtype, normalised, threads;           // normalised: the residual has scale, shift and mean of its own
+  int32_t dtype, normalised, threads;           // normalised: the residual has a norm of its own, and k is 2
 };
 
-// As in cpu.py: the statistics of y [total], and the gradient that passes the normalisation.
+// As in cpu.py: a norm's rows of the table, and the gradient that passes it.
 struct NormArguments {
-  const void *y, *grad;      // [total]
-  void* out;                 // [total]
-  const void* coefficients;  // [3, C] in the state's type
-  const void* pivots;        // [C] in the state's type: numbers near the means
-  double* sums;              // [threads, 2, C], zeros: Σ (y - pivot) and Σ (y - pivot)²
-  int64_t total, C, channel_stride;
+  const void *y, *grad;               // [total]; y is null where the statistics are fixed
+  void* out;                          // [total]
+  const void* coefficients;           // [3, C], this and all that follows in the state's type
+  void *means, *variances;            // [C], biased
+  const void *weight, *bias;          // [C]
+  void *running_mean, *running_var;   // [C]
+  int64_t* batches;                   // that these have seen; null where they see no more
+  void* table;                        // [4 norms, C]
+  double momentum, correction, eps;   // correction: of the running variance
+  int64_t total, C, channel_stride, index, norms;
   int32_t dtype, threads;
 };
 
@@ -105,7 +110,8 @@ class BnLif {
   }
 
   void backward() const {
-    each_block([this](int64_t start, int64_t count, W& work) {
+    std::vector<double> partials(a.threads * (norms() + 1) * a.C);
+    each_block([&](int64_t start, int64_t count, W& work) {
       alignas(64) Number room[kBlock];
       work.v.fill(neurons.reset);
       for (int64_t t = 0; t < a.T; ++t) {
@@ -115,7 +121,7 @@ class BnLif {
       neurons.begin_reverse(work);
       if (a.grad_total) work.total.fill(0);
       for (B& sum : work.sums) sum.fill(0);
-      work.means.enter(static_cast<const State*>(a.means), a.normalised ? 2 : 1, of, start);
+      work.means.enter(table() + 2 * norms() * a.C, norms(), of, start);
       for (int64_t t = a.T - 1; t >= 0; --t) {
         neurons.reverse_step(whole_block(gradient(a.grad_spikes, t * a.N) + start, count, room), work.m[place(t)].at, t,
                              work, work.dm.at);
@@ -128,14 +134,13 @@ class BnLif {
         add_centred(a.y, t * a.y_stride, start, count, work, 0);
         if (a.normalised) add_centred(a.residual, t * a.residual_stride, start, count, work, 1);
       }
-      const int kinds = a.normalised ? 3 : 2;
-      for (int i = 0; i < kinds; ++i) {
-        of.add(work.sums[i], start, count, a.sums + (thread_number() * kinds + i) * a.C);
-      }
+      double* const mine = partials.data() + thread_number() * (norms() + 1) * a.C;
+      for (int i = 0; i <= norms(); ++i) of.add(work.sums[i], start, count, mine + i * a.C);
       if (a.grad_total) write(work.total, static_cast<Number*>(a.grad_total), start, count, false);
       end(a.grad_threshold, start, count, work.threshold_sum);
       end(a.grad_inverse_tau, start, count, work.inverse_tau_sum);
     });
+    finish(partials.data());
   }
 
  private:
@@ -151,12 +156,41 @@ class BnLif {
   bool stream;         // whether rows are written past the cache
   void (BnLif::*normalise)(const Number* y, const Number* residual, const W& work, B& m) const;
 
+  int norms() const { return a.normalised ? 2 : 1; }
+  const State* table() const { return static_cast<const State*>(a.table); }
+
+  // What follows from the sums of all threads [threads, k + 1, C]; norms.py has the formulas.
+  void finish(const double* partials) const {
+    State *sums = static_cast<State*>(a.sums), *coefficients = static_cast<State*>(a.coefficients);
+    State* gradients = static_cast<State*>(a.grad_norms);
+    for (int64_t c = 0; c < a.C; ++c) {
+      for (int i = 0; i <= norms(); ++i) {
+        double sum = 0;
+        for (int thread = 0; thread < a.threads; ++thread) sum += partials[(thread * (norms() + 1) + i) * a.C + c];
+        sums[i * a.C + c] = static_cast<State>(sum);
+      }
+      for (int i = 0; i < norms(); ++i) {
+        const State* row = table() + c;
+        const State scale = row[2 * i * a.C], mean = row[(2 * norms() + i) * a.C];
+        const State inverse_std = row[(3 * norms() + i) * a.C], total = sums[c], centred = sums[(1 + i) * a.C + c];
+        const State negative = -static_cast<State>(i ? a.residual_count : a.count);
+        const bool fixed = negative == 0;
+        const State of_y = fixed ? State(0) : scale * inverse_std * inverse_std * centred / negative;
+        coefficients[3 * i * a.C + c] = scale;
+        coefficients[(3 * i + 1) * a.C + c] = of_y;
+        coefficients[(3 * i + 2) * a.C + c] = fixed ? State(0) : scale * total / negative - of_y * mean;
+        gradients[2 * i * a.C + c] = inverse_std * centred;
+        gradients[(2 * i + 1) * a.C + c] = total;
+      }
+    }
+  }
+
   template <typename Action>
   void each_block(Action action) const {
     const auto prepare = [this](W& work) { neurons.prepare(work); };
     const auto enter = [&](int64_t start, int64_t count, W& work) {
       neurons.enter_block(start, work);
-      work.scales.enter(static_cast<const State*>(a.scales), a.normalised ? 4 : 2, of, start);
+      work.scales.enter(table(), 2 * norms(), of, start);
       action(start, count, work);
     };
     each_block_of<W>(a.N, a.T, a.threads, prepare, enter, [](W&) {});
@@ -221,9 +255,23 @@ class BnLif {
   }
 };
 
-// Σ (y - pivot) and Σ (y - pivot)² of each channel. Blocks whose numbers have the same channels are added up first.
+// The mean of a channel's first elements, at most 16: distances from it keep their digits where the mean is far from 0.
 template <typename State, typename Number>
-void statistics(Types<State, Number>, const NormArguments& a) {
+State pivot(const NormArguments& a, int64_t channel) {
+  const int64_t inner = a.C > 1 ? a.channel_stride : a.total, outer = a.total ? a.total / (a.C * inner) : 0;
+  const int64_t across = std::min<int64_t>(inner, 4), along = std::min<int64_t>(outer, 16 / across);
+  State sum = 0;
+  for (int64_t row = 0; row < along; ++row) {
+    const Number* y = static_cast<const Number*>(a.y) + (row * a.C + channel) * inner;
+    for (int64_t i = 0; i < across; ++i) sum += load(y[i]);
+  }
+  return sum / static_cast<State>(along * across);
+}
+
+// Adds Σ (y - pivot) and Σ (y - pivot)² of each channel to sums [threads, 2, C]. Blocks whose elements have the same
+// channels are added up first.
+template <typename State, typename Number>
+void sum_up(const NormArguments& a, const State* pivots, double* sums) {
   struct Work {
     explicit Work(int64_t) {}
     ByChannel<State, 1> pivots;
@@ -234,14 +282,14 @@ void statistics(Types<State, Number>, const NormArguments& a) {
   const Channels of{a.C, a.channel_stride};
   const auto finish = [&](Work& work) {
     if (work.blocks == 0) return;
-    double* sums = a.sums + thread_number() * 2 * a.C;
-    for (int i = 0; i < 2; ++i) of.add(work.sums[i], work.start, work.count, sums + i * a.C);
+    double* mine = sums + thread_number() * 2 * a.C;
+    for (int i = 0; i < 2; ++i) of.add(work.sums[i], work.start, work.count, mine + i * a.C);
     work.blocks = 0;
   };
   const auto action = [&](int64_t start, int64_t count, Work& work) {
     const int64_t period = a.C * a.channel_stride;
     if (work.blocks == kMost || start % period != work.pivots.phase || count != work.count) finish(work);
-    work.pivots.enter(static_cast<const State*>(a.pivots), 1, of, start);
+    work.pivots.enter(pivots, 1, of, start);
     if (work.blocks++ == 0) {
       work.start = start, work.count = count;
       for (auto& sum : work.sums) sum.fill(0);
@@ -256,6 +304,56 @@ void statistics(Types<State, Number>, const NormArguments& a) {
     }
   };
   each_block_of<Work>(a.total, 1, a.threads, [](Work&) {}, action, finish);
+}
+
+// `old` moved towards `next` by the momentum, as torch.lerp rounds it.
+template <typename State>
+State moved(State old, State next, State momentum) {
+  return momentum < State(0.5) ? old + momentum * (next - old) : next - (next - old) * (1 - momentum);
+}
+
+// Mean and variance of y by channel, or the running ones where there is no y; and what norms.py makes of them.
+template <typename State, typename Number>
+void fill_table(Types<State, Number>, const NormArguments& a) {
+  if (a.C == 0) return;
+  std::vector<State> pivots(a.C);
+  std::vector<double> sums(a.threads * 2 * a.C);
+  if (a.y) {
+    for (int64_t c = 0; c < a.C; ++c) pivots[c] = pivot<State, Number>(a, c);
+    sum_up<State, Number>(a, pivots.data(), sums.data());
+  }
+  State *running_mean = static_cast<State*>(a.running_mean), *running_var = static_cast<State*>(a.running_var);
+  const double count = static_cast<double>(a.total / a.C);
+  for (int64_t c = 0; c < a.C; ++c) {
+    State mean, variance;
+    if (a.y) {
+      double distance = 0, square = 0;
+      for (int thread = 0; thread < a.threads; ++thread) {
+        distance += sums[thread * 2 * a.C + c], square += sums[(thread * 2 + 1) * a.C + c];
+      }
+      distance /= count, square = square / count - distance * distance;
+      mean = static_cast<State>(pivots[c] + distance);
+      variance = static_cast<State>(square < 0 ? 0 : square);  // NaN stays
+    } else {
+      mean = running_mean[c], variance = running_var[c];
+    }
+    if (a.means) static_cast<State*>(a.means)[c] = mean, static_cast<State*>(a.variances)[c] = variance;
+    if (a.batches) {
+      const State momentum = static_cast<State>(a.momentum);
+      running_mean[c] = moved(running_mean[c], mean, momentum);
+      running_var[c] = moved(running_var[c], variance * static_cast<State>(a.correction), momentum);
+    }
+    if (!a.table) continue;
+    State* column = static_cast<State*>(a.table) + c;
+    const State inverse_std = 1 / std::sqrt(variance + static_cast<State>(a.eps));
+    const State scale = a.weight ? inverse_std * static_cast<const State*>(a.weight)[c] : inverse_std;
+    const State shift = -(mean * scale);
+    column[2 * a.index * a.C] = scale;
+    column[(2 * a.index + 1) * a.C] = a.bias ? static_cast<const State*>(a.bias)[c] + shift : shift;
+    column[(2 * a.norms + a.index) * a.C] = mean;
+    column[(3 * a.norms + a.index) * a.C] = inverse_std;
+  }
+  if (a.batches) ++*a.batches;
 }
 
 // c0 grad + c1 y + c2, or c0 grad where there is no y.
@@ -312,8 +410,8 @@ SEAL_EXPORT(seal_bn_lif_backward)(const BnLifArguments* arguments) {
   return with_kind(*arguments, [](const auto& layer) { layer.backward(); });
 }
 
-SEAL_EXPORT(seal_bn_statistics)(const NormArguments* arguments) {
-  return with_types(arguments->dtype, [&](auto types) { statistics(types, *arguments); });
+SEAL_EXPORT(seal_bn_fill_table)(const NormArguments* arguments) {
+  return with_types(arguments->dtype, [&](auto types) { fill_table(types, *arguments); });
 }
 
 SEAL_EXPORT(seal_bn_normalised_gradient)(const NormArguments* arguments) {

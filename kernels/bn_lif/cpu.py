@@ -11,7 +11,6 @@ from ..launch.cpu import DTYPES, run
 from ..lif.reference import state_dtype
 from ..neuron.cpu import Neuron, describe
 from ..neuron.options import Options
-from . import norms
 from .norms import Norm
 from .tensors import BackwardOutputs, Inputs, alike, backward_outputs, channels_of, dense, forward_outputs, inputs
 
@@ -24,11 +23,11 @@ class _Arguments(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("y", "residual", "spikes", "m", "packed", "grad_spikes", "grad_m", "grad_steps", "grad_total"),
-                *("grad_threshold", "grad_inverse_tau", "scales", "means", "sums"),
+                *("grad_threshold", "grad_inverse_tau", "table", "sums", "coefficients", "grad_norms"),
             )
         ),
         *((name, ctypes.c_int64) for name in ("T", "N", "C", "channel_stride")),
-        *((name, ctypes.c_int64) for name in ("y_stride", "residual_stride", "m_stride")),
+        *((name, ctypes.c_int64) for name in ("y_stride", "residual_stride", "m_stride", "count", "residual_count")),
         ("neuron", Neuron),
         *((name, ctypes.c_int32) for name in ("dtype", "normalised", "threads")),
     )
@@ -38,8 +37,10 @@ class _NormArguments(ctypes.Structure):
     """As NormArguments in cpu.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("y", "grad", "out", "coefficients", "pivots", "sums")),
-        *((name, ctypes.c_int64) for name in ("total", "C", "channel_stride")),
+        *((name, ctypes.c_void_p) for name in ("y", "grad", "out", "coefficients", "means", "variances")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "running_mean", "running_var", "batches", "table")),
+        *((name, ctypes.c_double) for name in ("momentum", "correction", "eps")),
+        *((name, ctypes.c_int64) for name in ("total", "C", "channel_stride", "index", "norms")),
         *((name, ctypes.c_int32) for name in ("dtype", "threads")),
     )
 
@@ -47,22 +48,18 @@ class _NormArguments(ctypes.Structure):
 def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] of y [N, C, ...], in the state's dtype."""
     y = dense(y)
-    C = y.shape[1]
-    state = state_dtype(y.dtype)
-    # Sums of distances from a number near the mean keep their digits where the mean is far from 0.
-    few = y[:4].flatten(2)[..., :4] if y.dim() > 2 else y[:16]
-    pivots = few.to(state).mean([axis for axis in range(few.dim()) if axis != 1])
-    threads = torch.get_num_threads()
-    sums = torch.zeros(threads, 2, C, dtype=torch.float64)
-    _normalise("seal_bn_statistics", y, y=y, pivots=pivots, sums=sums, threads=threads)
-    distance, square = sums.sum(0) / (y.numel() // C)
-    mean = pivots + distance
-    return mean.to(state), (square - distance * distance).clamp_min(0).to(state)
+    means, variances = (torch.empty(y.shape[1], dtype=state_dtype(y.dtype)) for _ in range(2))
+    _normalise("seal_bn_fill_table", y, {"y": y, "means": means, "variances": variances})
+    return means, variances
 
 
 def fill_table(table: Tensor, index: int, y: Tensor, norm: Norm) -> None:
     """Rows of the norm of this index of what it makes of y [N, C, ...]; its running statistics see y."""
-    norms.fill_table(table, index, norm, *statistics(y) if norm.count else (None, None))
+    y = dense(y)
+    tensors = dict(zip(("weight", "bias", "running_mean", "running_var", "batches"), norm, strict=False))
+    numbers = {"momentum": norm.momentum, "correction": norm.correction, "eps": norm.eps}
+    tensors |= {"table": table, "y": y if norm.count else None}
+    _normalise("seal_bn_fill_table", y, tensors, index=index, norms=len(table) // 4, **numbers)
 
 
 def forward(
@@ -79,7 +76,7 @@ def forward(
     """Spikes [T·B, C, ...] in y's dtype and layout; if asked for, the membrane input, and the spikes as bits."""
     given = inputs(y, residual, time_steps, static=static)
     outputs = forward_outputs(given, keep_m=keep_m, pack=pack)
-    _launch("seal_bn_lif_forward", given, scales, options, **outputs._asdict())
+    _launch("seal_bn_lif_forward", given, scales, options, outputs._asdict(), normalised=len(scales) == 4)
     return tuple(outputs)
 
 
@@ -101,25 +98,12 @@ def backward(
     """Gradients of the membrane input, of θ and 1/τ, and of the norms."""
     given = inputs(y, residual, time_steps, static=static)
     outputs = backward_outputs(given, len(counts), steps=steps, total=total, parameters=parameters)
-    sums = torch.zeros(torch.get_num_threads(), 1 + len(counts), given.C, dtype=torch.float64)
-    upstream = {"grad_spikes": alike(grad_spikes.to(y.dtype), given.y)}
+    tensors = {**outputs._asdict(), "grad_spikes": alike(grad_spikes.to(y.dtype), given.y)}
     if grad_m is not None:
-        upstream["grad_m"] = alike(grad_m.to(y.dtype), given.y)
-    written = {name: tensor for name, tensor in outputs._asdict().items() if name.startswith("grad_")}
-    del written["grad_norms"]
-    _launch(
-        "seal_bn_lif_backward",
-        given,
-        norms.scales(table),
-        options,
-        means=norms.means(table),
-        sums=sums,
-        **upstream,
-        **written,
-    )
-    outputs.sums.copy_(sums.sum(0))
-    outputs.coefficients.copy_(norms.coefficients_of(table, outputs.sums, counts))
-    outputs.grad_norms.copy_(norms.parameter_gradients_of(table, outputs.sums))
+        tensors["grad_m"] = alike(grad_m.to(y.dtype), given.y)
+    normalised = len(counts) == 2
+    numbers = {"normalised": normalised, "count": counts[0], "residual_count": counts[1] if normalised else 0}
+    _launch("seal_bn_lif_backward", given, table, options, tensors, **numbers)
     return outputs
 
 
@@ -127,18 +111,20 @@ def normalised_gradient(grad: Tensor, y: Tensor | None, coefficients: Tensor, *,
     """c0 grad + c1 y + c2, or c0 grad without y, for coefficients [3, C]; in grad's memory with `in_place`."""
     grad = dense(grad)
     out = grad if in_place else torch.empty_like(grad)
-    given = {} if y is None else {"y": alike(y, grad)}
-    _normalise("seal_bn_normalised_gradient", grad, grad=grad, out=out, coefficients=coefficients, **given)
+    tensors = {"grad": grad, "out": out, "coefficients": coefficients, "y": None if y is None else alike(y, grad)}
+    _normalise("seal_bn_normalised_gradient", grad, tensors)
     return out
 
 
-def _launch(name: str, given: Inputs, scales: Tensor, options: Options, **tensors: Tensor | None) -> None:
+def _launch(
+    name: str, given: Inputs, table: Tensor, options: Options, tensors: dict[str, Tensor | None], **numbers: int
+) -> None:
     if given.N == 0:
         return
-    neuron, _constants = describe(options, scales.dtype, given.y[: given.N // given.y[0].numel()])
-    tensors |= {"y": given.y, "residual": given.residual, "scales": scales}
+    neuron, _constants = describe(options, table.dtype, given.y[: given.N // given.y[0].numel()])
+    tensors |= {"y": given.y, "residual": given.residual, "table": table}
     arguments = _Arguments(
-        **{key: tensor.data_ptr() for key, tensor in tensors.items() if tensor is not None},
+        **_pointers(tensors),
         T=given.T,
         N=given.N,
         C=given.C,
@@ -148,20 +134,25 @@ def _launch(name: str, given: Inputs, scales: Tensor, options: Options, **tensor
         m_stride=given.N if given.y_stride or given.residual_stride else 0,
         neuron=neuron,
         dtype=DTYPES[given.y.dtype],
-        normalised=len(scales) == 4,
         threads=torch.get_num_threads(),
+        **numbers,
     )
     run(name, arguments)
 
 
-def _normalise(name: str, rows: Tensor, *, threads: int | None = None, **tensors: Tensor) -> None:
+def _normalise(name: str, rows: Tensor, tensors: dict[str, Tensor | None], **numbers: float) -> None:
     C, channel_stride = channels_of(rows)
     arguments = _NormArguments(
-        **{key: tensor.data_ptr() for key, tensor in tensors.items()},
+        **_pointers(tensors),
         total=rows.numel(),
         C=C,
         channel_stride=channel_stride,
         dtype=DTYPES[rows.dtype],
-        threads=threads or torch.get_num_threads(),
+        threads=torch.get_num_threads(),
+        **numbers,
     )
     run(name, arguments)
+
+
+def _pointers(tensors: dict[str, Tensor | None]) -> dict[str, int]:
+    return {key: tensor.data_ptr() for key, tensor in tensors.items() if tensor is not None}
