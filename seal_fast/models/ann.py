@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..ops._arguments import require_integer
 
 SMALL_IMAGE_CLASSES = 100  # a network for more classes than these has the stem for large images
+FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of cuDNN's fused convolutions
 EVENT_CHANNELS = 2  # of frames of events: one for each polarity
 
 
@@ -29,10 +30,9 @@ class BasicBlock(nn.Module):
         self.downsample = _downsample(in_channels, channels, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
+        y = _rectified(self.conv1, self.bn1, x)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return F.relu(y + shortcut, inplace=True)
+        return _rectified(self.conv2, self.bn2, y, shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -52,11 +52,10 @@ class Bottleneck(nn.Module):
         self.downsample = _downsample(in_channels, out_channels, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
+        y = _rectified(self.conv1, self.bn1, x)
+        y = _rectified(self.conv2, self.bn2, y)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return F.relu(y + shortcut, inplace=True)
+        return _rectified(self.conv3, self.bn3, y, shortcut)
 
 
 # arch -> (block, blocks per stage, channels per stage, hidden units before the last linear layer)
@@ -102,7 +101,7 @@ class Teacher(nn.Module):
         initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.maxpool(_rectified(self.conv1, self.bn1, x))
         for stage in self.stages:
             x = getattr(self, stage)(x)
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
@@ -145,7 +144,11 @@ def teacher(arch: str, *, num_classes: int, in_channels: int | None = None, stem
 
 
 def folded(network: Teacher) -> Teacher:
-    """A copy of a teacher in evaluation mode whose batch norms are part of the convolutions before them."""
+    """A copy of a teacher in evaluation mode whose batch norms are part of the convolutions before them.
+
+    On an NVIDIA GPU, without gradients, cuDNN computes a convolution, its bias, the shortcut's sum and the ReLU in one
+    kernel; forward hooks of these convolutions are not called then.
+    """
     network = copy.deepcopy(network)
     for module in list(network.modules()):
         if isinstance(module, nn.Sequential):
@@ -164,6 +167,38 @@ def initialise(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _rectified(
+    convolution: nn.Conv2d, norm: nn.Module, x: torch.Tensor, shortcut: torch.Tensor | None = None
+) -> torch.Tensor:
+    """ReLU of the normalised convolution of x [B, C, H, W], plus the shortcut, which has the result's shape."""
+    if isinstance(norm, nn.Identity) and _fuses(convolution.weight, x):
+        x, weight, bias = x.to(convolution.weight.dtype), convolution.weight, convolution.bias
+        geometry = convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+        if shortcut is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        return torch.cudnn_convolution_add_relu(x, weight, shortcut, 1.0, bias, *geometry)
+    y = norm(convolution(x))
+    return F.relu(y if shortcut is None else y + shortcut, inplace=True)
+
+
+def _fuses(weight: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether cuDNN's fused convolutions compute here what the modules would.
+
+    They have no gradient and no kernel that torch.compile could trace, do not know autocast, and ignore requests for
+    deterministic algorithms. They obey cuDNN's `benchmark` and `allow_tf32`, and copy what is not in the layout that
+    torch's own convolution would choose.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.is_cuda or torch.version.hip:
+        return False
+    cudnn = torch.backends.cudnn
+    if not (cudnn.enabled and cudnn.is_available()):
+        return False
+    if cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+        return False
+    computed = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return x.dtype in FUSED_DTYPES and weight.dtype == computed
 
 
 def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:

@@ -4,10 +4,11 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import seal_fast
 from golden import filled_student
-from seal_fast.models import STUDENTS, TEACHERS, student, teacher
+from seal_fast.models import STUDENTS, TEACHERS, ann, student, teacher
 from seal_fast.nn import LIFNode
 
 TOLERANCE = 1e-10  # measured 7e-12
@@ -171,16 +172,16 @@ def test_every_parameter_of_a_student_learns_from_the_loss():
     assert silent == []
 
 
-@pytest.mark.parametrize(
-    ("arch", "stem"),
-    [
-        ("resnet8", "cifar"),
-        ("resnet18", "imagenet"),
-        ("resnet19", None),
-        ("resnet34", "cifar"),
-        ("resnet50", "imagenet"),
-    ],
-)
+FOLDED = [
+    ("resnet8", "cifar"),
+    ("resnet18", "imagenet"),
+    ("resnet19", None),
+    ("resnet34", "cifar"),
+    ("resnet50", "imagenet"),
+]
+
+
+@pytest.mark.parametrize(("arch", "stem"), FOLDED)
 def test_a_folded_teacher_computes_the_same_without_batch_norm(arch, stem):
     torch.manual_seed(0)
     teacher = seal_fast.models.teacher(arch, num_classes=10, stem=stem).double()
@@ -190,3 +191,45 @@ def test_a_folded_teacher_computes_the_same_without_batch_norm(arch, stem):
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     expected = teacher(images)
     assert (folded(images) - expected).abs().max() < 1e-9 * expected.abs().max()  # measured 1e-14
+
+
+@pytest.mark.parametrize(("arch", "stem"), FOLDED)
+@torch.no_grad()
+def test_a_folded_teacher_asks_cudnn_for_convolutions_with_bias_sum_and_relu(arch, stem, monkeypatch):
+    """That it asks for the right ones: without a GPU, torch's convolution stands in for cuDNN's.
+
+    What cuDNN computes is tested in tests/kernels/test_teacher_gpu.py.
+    """
+    asked = []
+
+    def refused(name, *arguments):
+        """By torch, which has parsed the arguments by then: nothing but the device is wrong."""
+        with pytest.raises(NotImplementedError, match="'CPU' backend"):
+            functions[name](*arguments)
+        asked.append(name)
+
+    def convolution_relu(x, weight, bias, stride, padding, dilation, groups):
+        refused("cudnn_convolution_relu", x, weight, bias, stride, padding, dilation, groups)
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+    def convolution_add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+        refused("cudnn_convolution_add_relu", x, weight, z, alpha, bias, stride, padding, dilation, groups)
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z)
+
+    functions = {name: getattr(torch, name) for name in ("cudnn_convolution_relu", "cudnn_convolution_add_relu")}
+    torch.manual_seed(0)
+    teacher = seal_fast.models.teacher(arch, num_classes=10, stem=stem).double()
+    x = images(B=4, size=32)
+    teacher(x)
+    folded = seal_fast.models.folded(teacher.eval())
+    expected = folded(x)
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", convolution_relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", convolution_add_relu)
+    monkeypatch.setattr(ann, "_fuses", lambda weight, x: True)
+    teacher(x)
+    assert not asked  # its batch norms are between its convolutions and their ReLU
+    assert (folded(x) - expected).abs().max() < 1e-9 * expected.abs().max()  # measured 1e-15
+    blocks = sum(isinstance(module, (ann.BasicBlock, ann.Bottleneck)) for module in folded.modules())
+    others = 1 + blocks * (2 if arch == "resnet50" else 1)
+    assert asked.count("cudnn_convolution_add_relu") == blocks
+    assert asked.count("cudnn_convolution_relu") == others
