@@ -100,17 +100,30 @@ class GraphedStep(Step):
     may be, are never captured. What a replay returns is overwritten by the next. The graph keeps the memory of a whole
     step for itself.
 
+    A teacher's forward pass does not depend on the student's. With `overlap` it is a branch of the graph, so that its
+    convolutions, which compute, can run while the student's neurons wait for memory. The teacher's temporary tensors
+    then have memory of their own: four feature maps at once.
+
     Args:
         batch_size: Images of the batches that are captured.
+        overlap: Whether a teacher runs beside the student, on a stream of its own.
     """
 
     WARM_UP = 3  # steps before the capture
 
     def __init__(
-        self, task, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, batch_size: int, **options
+        self,
+        task,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        *,
+        batch_size: int,
+        overlap: bool = True,
+        **options,
     ):
         super().__init__(task, optimizer, scaler, **options)
         self.batch_size = batch_size
+        self.overlap = overlap
         for group in optimizer.param_groups:  # a graph keeps numbers as they were, and reads tensors anew
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(self.device)
         self.steps = 0
@@ -142,7 +155,9 @@ class GraphedStep(Step):
         self.outcome = Step.__call__(self, *self.batch)
 
     def _warm_up(self, inputs: Tensor, labels: Tensor) -> Outcome:
-        """On the stream of the capture to come, and on the very tensors: kernels depend on their layout."""
+        """On the streams of the capture to come, and on the very tensors: kernels depend on their layout."""
+        if self.overlap and self.task.side_stream is None:
+            self.task.side_stream = torch.cuda.Stream(self.device)
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):

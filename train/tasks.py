@@ -31,11 +31,13 @@ class Task:
         network: What is trained.
         parallel: What is called for it in training: itself, or what averages its gradients over the ranks.
         time_steps: T of its logits.
+        side_stream: Where a teacher runs beside the network; None for the current stream.
     """
 
     def __init__(self, network: nn.Module, time_steps: int):
         self.network = self.parallel = network
         self.time_steps = time_steps
+        self.side_stream: torch.cuda.Stream | None = None
 
     def run(self, inputs: torch.Tensor) -> torch.Tensor:
         """What the network makes of the inputs."""
@@ -91,17 +93,30 @@ class DistillTask(Task):
         return self.run(inputs.transpose(0, 1) if inputs.dim() == 5 else inputs)
 
     def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> Outcome:  # noqa: D102
+        reference = None if self.teacher is None else self._reference(inputs)
         logits = self.predict(inputs)
-        if self.teacher is None:
+        if reference is None:
             reference = torch.zeros_like(logits[0])  # of no weight: alpha and beta are 0
-        else:
-            with torch.no_grad():
-                reference = self.teacher(as_image(inputs))
+        elif self.side_stream is not None:
+            torch.cuda.current_stream(inputs.device).wait_stream(self.side_stream)
         loss, ce, *terms = seal_loss(_exact(logits), reference, labels, **self.options)
         weights = self.options["alpha"], self.options["beta"]
         named = zip(TERMS[self.options["objective"]], terms, weights, strict=True)
         parts = {"ce": ce, **{name: value for name, value, weight in named if weight > 0}}
         return Outcome(loss, parts, logits.detach())
+
+    @torch.no_grad()
+    def _reference(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits [B, K].
+
+        On the side stream they need no `record_stream`: nothing allocates there before it has waited for the current
+        stream again, at the next step, when the last use of these logits has been launched.
+        """
+        if self.side_stream is None:
+            return self.teacher(as_image(inputs))
+        self.side_stream.wait_stream(torch.cuda.current_stream(inputs.device))
+        with torch.cuda.stream(self.side_stream):
+            return self.teacher(as_image(inputs))
 
 
 def _exact(logits: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,9 @@ def steps(found: list[dict]) -> Iterator[str]:
     own = {
         (entry["contestant"], entry["graph"], entry.get("packed", False)): entry
         for entry in found
-        if entry["stage"] == "steps" and entry.get("precision") == "bf16"
+        if entry["stage"] == "steps"
+        and entry.get("precision") == "bf16"
+        and entry.get("overlap", entry["graph"]) == entry["graph"]  # the default
     }
     rows = {
         "published formulation, eager float32": peers["published, eager"],

@@ -94,7 +94,7 @@ def _times(entries):
 def _steps(entries):
     for entry in _of(entries, "steps"):
         name = f"{entry['contestant']} {entry['precision']}"
-        name += "".join(f", {flag}" for flag in ("graph", "packed") if entry.get(flag))
+        name += "".join(f", {flag}" for flag in ("graph", "packed", "overlap") if entry.get(flag))
         losses = " ".join(f"{loss:.4f}" for loss in entry.get("losses", ()))
         yield f"step     {name:40s} {_step(entry)}  {losses}".rstrip()
 

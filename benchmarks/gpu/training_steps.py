@@ -6,6 +6,7 @@ python -m gpu.training_steps PRECISION     off (float32) or bf16
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -16,12 +17,36 @@ from seal_fast.train.tasks import DistillTask, parameter_groups
 from training import CASES, SGD, WEIGHT_DECAY, WEIGHTS, Problem, floor, make_student
 
 CASE = "resnet18-cifar"
-# (backend, whether as a graph, whether spikes are kept as bits), in the order of what is wanted first
-VARIANTS = {
-    "bf16": [("auto", True, False), ("cupy", True, False), ("auto", False, False), ("auto", True, True)],
-    "off": [("auto", True, False)],
-}
 LOSSES = 3  # steps after the warm-up whose losses are noted
+
+
+class Variant(NamedTuple):
+    """How a step is taken.
+
+    Attributes:
+        backend: Kernels.
+        graph: Whether as one CUDA graph.
+        packed: Whether spikes are kept as bits.
+        overlap: Whether the teacher is a branch of the graph.
+    """
+
+    backend: str = "auto"
+    graph: bool = True
+    packed: bool = False
+    overlap: bool = True
+
+
+# In the order of what is wanted first.
+VARIANTS = {
+    "bf16": [
+        Variant(),
+        Variant(overlap=False),
+        Variant("cupy"),
+        Variant(graph=False, overlap=False),
+        Variant(packed=True),
+    ],
+    "off": [Variant(), Variant(overlap=False)],
+}
 
 
 def problem_of(case: str) -> Problem:
@@ -30,23 +55,27 @@ def problem_of(case: str) -> Problem:
     return Problem(chosen, torch.device("cuda"))
 
 
-def make(problem: Problem, kind: type[Step], backend: str, amp: str, packed: bool) -> Step:
+def make(problem: Problem, amp: str, variant: Variant) -> Step:
     """The trainers' step of the problem's networks."""
+    backend, graph, packed, overlap = variant
     student = make_student(problem.case, problem.device, backend)
     student.load_state_dict(problem.weights)
     teacher = folded(problem.teacher).to(dtype=AMP_DTYPES[amp], memory_format=torch.channels_last)
     task = DistillTask(student, teacher, method="seal", temperature=3.0, backend=backend, **WEIGHTS)
     optimizer = torch.optim.SGD(parameter_groups(student, WEIGHT_DECAY, spiking=True), **SGD, fused=True)
     scaler = torch.amp.GradScaler(problem.device.type, enabled=False)
-    options = {"batch_size": len(problem.labels)} if kind is GraphedStep else {}
-    return kind(task, optimizer, scaler, device=problem.device, amp=amp, packed=packed, **options)
+    options = {"device": problem.device, "amp": amp, "packed": packed}
+    if not graph:
+        return Step(task, optimizer, scaler, **options)
+    return GraphedStep(task, optimizer, scaler, batch_size=len(problem.labels), overlap=overlap, **options)
 
 
-def ours(problem: Problem, amp: str, backend: str, graph: bool, packed: bool) -> None:
+def ours(problem: Problem, amp: str, variant: Variant) -> None:
     """Losses of the first steps, on a batch and its mirror image in turn; then times on the batch."""
-    facts = {"contestant": f"ours {backend}", "precision": amp, "graph": graph, "packed": packed}
+    backend, *flags = variant
+    facts = {"contestant": f"ours {backend}", "precision": amp, **dict(zip(Variant._fields[1:], flags, strict=True))}
     with record.attempt(stage="steps", case=CASE, **facts) as entry:
-        step = make(problem, GraphedStep if graph else Step, backend, amp, packed)
+        step = make(problem, amp, variant)
         batches = problem.inputs, problem.inputs.flip(-1)
         losses = []
         for i in range(GraphedStep.WARM_UP + LOSSES):
@@ -56,7 +85,7 @@ def ours(problem: Problem, amp: str, backend: str, graph: bool, packed: bool) ->
         entry["losses"] = losses
         run = lambda: step(problem.inputs, problem.labels)
         _note(entry, problem, run)
-        if not packed and not record.rehearsing():
+        if not variant.packed and not record.rehearsing():
             entry["step_kernels"] = clock.kernels(run, calls=3)
 
 
@@ -83,7 +112,7 @@ def main(amp: str) -> None:
     torch.backends.cudnn.benchmark = True
     problem = problem_of(CASE)
     for variant in VARIANTS[amp]:
-        ours(problem, amp, *variant)
+        ours(problem, amp, variant)
     convolutions(problem, amp)
 
 
