@@ -20,7 +20,8 @@ class packed_spikes(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801
 
     Whatever saves a spike tensor for its backward pass, be it a convolution, a linear layer or a pooling, keeps the
     bits in its place; each tensor is packed once, by the kernel that fires. The backward pass, which may come after the
-    context has ended, unpacks exactly what was there. A tensor that was changed in place since is kept as it is.
+    context has ended, unpacks exactly what was there. Spikes that were changed in place before they are saved are kept
+    as they are. Where any other tensor is changed between forward and backward, the latter raises, as torch does.
 
         with seal_fast.packed_spikes():
             loss = criterion(model(images), labels)
@@ -29,17 +30,19 @@ class packed_spikes(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801
 
     def __init__(self):
         self._bits: dict[int, _Bits] = {}
+        self._outer: list[packed_spikes | None] = []  # what was active at each entry: it may be within itself
         super().__init__(self._pack, _unpack)
 
     def __enter__(self):
         super().__enter__()
-        self._outer = getattr(_here, "context", None)
+        self._outer.append(getattr(_here, "context", None))
         _here.context = self
         return self
 
     def __exit__(self, *error):
-        _here.context = self._outer
-        self._bits.clear()
+        _here.context = self._outer.pop()
+        if not self._outer:
+            self._bits.clear()
         return super().__exit__(*error)
 
     def _add(self, spikes: Tensor, packed: Tensor) -> None:
@@ -48,12 +51,12 @@ class packed_spikes(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801
         storage = spikes.untyped_storage()
         self._bits[storage._cdata] = _Bits(StorageWeakRef(storage), spikes._version, packed, spikes[0].numel())
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Saved:
+    def _pack(self, tensor: Tensor) -> _Kept | _Saved:
         if tensor.layout != torch.strided or not tensor.dtype.is_floating_point:
-            return tensor
+            return _Kept.of(tensor)
         bits = self._bits.get(tensor.untyped_storage()._cdata)
         if bits is None or bits.storage.expired() or bits.version != tensor._version:
-            return tensor
+            return _Kept.of(tensor)
         place = tensor.shape, tensor.stride(), tensor.storage_offset()
         return _Saved(bits.packed, bits.N, tensor.dtype, *place)
 
@@ -78,6 +81,27 @@ class _Saved(NamedTuple):
     offset: int
 
 
+class _Kept(NamedTuple):
+    """What stands for any other tensor: itself without its node, as a node that keeps its own output is never freed."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Kept:
+        """The tensor as it is now."""
+        return cls(tensor.detach(), tensor._version)
+
+    def unpack(self) -> Tensor:
+        """The tensor, unless its contents have changed."""
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor needed for the gradient, {self.tensor.dtype} of shape {list(self.tensor.shape)}, has been "
+                f"modified by an inplace operation: it is at version {self.tensor._version}; expected {self.version}."
+            )
+        return self.tensor
+
+
 _here = threading.local()
 
 
@@ -96,9 +120,9 @@ def keep(spikes: Tensor, packed: Tensor) -> None:
 _kernel = functools.partial(kernel_module, "packing")
 
 
-def _unpack(saved: Tensor | _Saved) -> Tensor:
-    if not isinstance(saved, _Saved):
-        return saved
+def _unpack(saved: _Kept | _Saved) -> Tensor:
+    if isinstance(saved, _Kept):
+        return saved.unpack()
     try:
         backend = resolve("auto", "lif", saved.packed.device, saved.dtype)
     except ValueError:  # SEAL_FAST_BACKEND cannot run here, and the neuron had a backend of its own

@@ -1,6 +1,7 @@
 """Spikes that wait for the backward pass as bits."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from seal_fast import lif, models, packed_spikes
 from seal_fast.nn import LIFNode, reset_net
+from seal_fast.ops import _packed
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -131,6 +133,58 @@ def test_contexts_nest_and_end():
     grads = [torch.autograd.grad(out.square().sum(), weight)[0] for out in (inner, outer, after)]
     assert torch.equal(grads[0], grads[2])
     assert torch.equal(grads[1], grads[2])
+
+
+def test_a_context_within_itself_ends_with_the_outermost():
+    context = packed_spikes()
+    x = torch.randn(4, 2, 16, requires_grad=True)
+    with context:
+        spikes, _ = lif(x)
+        with context:
+            pass
+        assert isinstance(context._pack(spikes), _packed._Saved)
+    lif(x)
+    assert not context._bits
+
+
+def test_what_no_backward_pass_used_is_freed_with_its_graph():
+    """An output that its own node saves, as sigmoid's, does not keep both alive."""
+    weight = torch.randn(9, 9, requires_grad=True)
+    gc.disable()
+    try:
+        with packed_spikes():
+            out = torch.sigmoid(weight)
+        storage = StorageWeakRef(out.untyped_storage())
+        del out
+        assert storage.expired()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("changed", ["an output that its own node saved", "a parameter"])
+def test_a_change_between_forward_and_backward_is_noticed_as_without_packing(changed):
+    x, weight = torch.randn(8, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    for packed in (False, True):
+        with packed_spikes() if packed else contextlib.nullcontext():
+            inner = torch.tanh(x)
+            loss = F.linear(inner * 2, weight).sum()
+        with torch.no_grad():
+            (weight if changed == "a parameter" else inner).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_second_derivatives_pass_what_was_kept():
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    found = []
+    for packed in (False, True):
+        with packed_spikes() if packed else contextlib.nullcontext():
+            out = torch.sigmoid(x * x).prod(-1).sum()
+        (first,) = torch.autograd.grad(out, x, create_graph=True)
+        found.append((first, *torch.autograd.grad(first.sin().sum(), x)))
+    for got, right in zip(*found, strict=True):
+        assert torch.equal(got, right)
+    assert found[0][1].abs().sum() > 0
 
 
 def test_nothing_is_packed_without_gradients():
