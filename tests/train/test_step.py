@@ -149,7 +149,34 @@ def test_a_step_that_cannot_be_captured_says_what_to_do(monkeypatch):
         trained(Refused, "cpu", linear, sgd, "ann")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a graph is captured")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a graph is captured")
+
+
+@needs_gpu
+def test_a_capture_frees_the_workspaces_of_the_steps_before_it():
+    """cuBLAS keeps 8 MiB or more for each thread and stream; the network's own tensors are smaller."""
+    streams = []
+
+    class Watched(GraphedStep):
+        def _capture(self, function):
+            streams.append(self.stream.cuda_stream)
+            return super()._capture(function)
+
+    def workspaces():
+        return [
+            block["size"]
+            for segment in torch.cuda.memory_snapshot()
+            if segment["stream"] == streams[0] and segment["segment_pool_id"] == (0, 0)
+            for block in segment["blocks"]
+            if block["state"] == "active_allocated" and block["size"] >= 1 << 22
+        ]
+
+    trained(Watched, "cuda", linear, sgd, "ann")
+    assert len(streams) == 1
+    assert workspaces() == []
+
+
+@needs_gpu
 @pytest.mark.parametrize("optimizer", [sgd, adam])
 @pytest.mark.parametrize(("network", "method"), [(linear, "ann"), (resnet8, "ce")])
 def test_a_graph_takes_the_same_steps(network, method, optimizer):
