@@ -76,7 +76,7 @@ def all_stages(*, rehearse: bool = False) -> dict[str, Stage]:
         "smoke": Stage(80, tuple(module("gpu.smoke", *job) for job in each), processors),
         "tests": Stage(120, (_pytest("tests", gpu_tests, processors, rehearse),)),
         "times": Stage(120, tuple(module("gpu.times", *job) for job in each), IN_TURN),
-        "steps": Stage(140, tuple(module("gpu.training_steps", amp) for amp in ("bf16", "off")), IN_TURN),
+        "steps": Stage(140, tuple(module("gpu.training_steps", name) for name in ("bf16", "packed", "off")), IN_TURN),
         "peers": Stage(110, tuple(module("gpu.peers", name) for name in peers), IN_TURN),
         "tuning": Stage(90, tuple(module("gpu.times", *job, "candidates") for job in tuned), IN_TURN),
         "sanitizer": Stage(120, tuple(_sanitized(module, rehearse)), processors),

@@ -1,6 +1,6 @@
 """Full training steps as the trainers take them, launched piece by piece and as one CUDA graph, and what bounds them.
 
-python -m gpu.training_steps PRECISION     off (float32) or bf16
+python -m gpu.training_steps VARIANTS      bf16, packed (bf16, spikes as bits) or off (float32)
 """
 
 from __future__ import annotations
@@ -36,16 +36,12 @@ class Variant(NamedTuple):
     overlap: bool = True
 
 
-# In the order of what is wanted first.
+# What a process runs -> its precision and variants, in the order of what is wanted first. The first one's memory is what
+# it takes alone; later ones find what earlier ones left behind.
 VARIANTS = {
-    "bf16": [
-        Variant(),
-        Variant(overlap=False),
-        Variant("cupy"),
-        Variant(graph=False, overlap=False),
-        Variant(packed=True),
-    ],
-    "off": [Variant(), Variant(overlap=False)],
+    "bf16": ("bf16", [Variant(), Variant(overlap=False), Variant("cupy"), Variant(graph=False, overlap=False)]),
+    "packed": ("bf16", [Variant(packed=True), Variant(graph=False, packed=True, overlap=False)]),
+    "off": ("off", [Variant(), Variant(overlap=False)]),
 }
 
 
@@ -75,6 +71,9 @@ def ours(problem: Problem, amp: str, variant: Variant) -> None:
     backend, *flags = variant
     facts = {"contestant": f"ours {backend}", "precision": amp, **dict(zip(Variant._fields[1:], flags, strict=True))}
     with record.attempt(stage="steps", case=CASE, **facts) as entry:
+        clock.workspaces()  # those of the streams of variants before
+        clock.forget()
+        entry["before_MiB"] = torch.cuda.memory_allocated() / 2**20  # the problem, and what variants before left behind
         step = make(problem, amp, variant)
         batches = problem.inputs, problem.inputs.flip(-1)
         losses = []
@@ -85,8 +84,12 @@ def ours(problem: Problem, amp: str, variant: Variant) -> None:
         entry["losses"] = losses
         run = lambda: step(problem.inputs, problem.labels)
         _note(entry, problem, run)
+        entry["step_MiB"] = entry["peak_MiB"] - entry["before_MiB"]
+        if not variant.graph:
+            _account(entry, step, run)
         if not variant.packed and not record.rehearsing():
             entry["step_kernels"] = clock.kernels(run, calls=3)
+        entry["workspaces_MiB"] = clock.workspaces()
 
 
 def convolutions(problem: Problem, amp: str) -> None:
@@ -107,13 +110,50 @@ def _note(entry: dict, problem: Problem, run) -> None:
     entry["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
 
 
-def main(amp: str) -> None:
+def _account(entry: dict, step: Step, run) -> None:
+    """MiB allocated at the end of each part of a step, and the most within it; and what is reserved after all.
+
+    The parts: the teacher's forward pass; the student's, and the loss; the backward pass; the update.
+    """
+    MiB = 2**20
+
+    def note(part: str) -> None:
+        entry[f"after_{part}_MiB"] = torch.cuda.memory_allocated() / MiB
+        entry[f"peak_{part}_MiB"] = torch.cuda.max_memory_allocated() / MiB
+        torch.cuda.reset_peak_memory_stats()
+
+    task = step.task
+
+    def watched(inputs, labels):
+        outcome = task(inputs, labels)
+        note("forward")
+        return outcome
+
+    hooks = [
+        task.teacher.register_forward_hook(lambda *_: note("teacher")),
+        step.optimizer.register_step_pre_hook(lambda *_: note("backward")),
+    ]
+    step.task = watched
+    step.optimizer.zero_grad(set_to_none=True)
+    clock.forget()
+    note("rest")
+    run()
+    note("update")
+    entry["reserved_MiB"] = torch.cuda.memory_reserved() / MiB
+    step.task = task
+    for hook in hooks:
+        hook.remove()
+
+
+def main(name: str) -> None:
     """Ours, then the floor."""
     torch.backends.cudnn.benchmark = True
     problem = problem_of(CASE)
-    for variant in VARIANTS[amp]:
+    amp, variants = VARIANTS[name]
+    for variant in variants:
         ours(problem, amp, variant)
-    convolutions(problem, amp)
+    if not any(variant.packed for variant in variants):
+        convolutions(problem, amp)
 
 
 FIRST_ARGUMENTS = VARIANTS

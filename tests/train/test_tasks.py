@@ -58,6 +58,19 @@ def test_distillation_trains_the_student_alone():
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
+def test_the_teacher_runs_before_the_student_keeps_anything():
+    """Its activations are transient: after the student's forward pass they would lie on top of all that it keeps."""
+    student = models.student("resnet8", num_classes=5, time_steps=2)
+    teacher = models.teacher("resnet8", num_classes=5).eval()
+    order = []
+    for network in (student, teacher):
+        network.register_forward_pre_hook(lambda module, _: order.append(f"{type(module).__name__} begins"))
+        network.register_forward_hook(lambda module, *_: order.append(f"{type(module).__name__} ends"))
+    task = DistillTask(student, teacher, method="seal", alpha=0.6, beta=0.15, temperature=3.0, backend="auto")
+    task(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
+    assert order == ["Teacher begins", "Teacher ends", "ResNet begins", "ResNet ends"]
+
+
 def test_teacher_task_is_cross_entropy():
     torch.manual_seed(0)
     network = models.teacher("resnet18", num_classes=5, in_channels=1).eval()
