@@ -36,8 +36,8 @@ class Variant(NamedTuple):
     overlap: bool = True
 
 
-# What a process runs -> its precision and variants, in the order of what is wanted first. The first one's memory is what
-# it takes alone; later ones find what earlier ones left behind.
+# What a process runs -> its precision and variants, in the order of what is wanted first. Only the first one's peak of
+# memory is its own: later ones find what earlier ones left behind.
 VARIANTS = {
     "bf16": ("bf16", [Variant(), Variant(overlap=False), Variant("cupy"), Variant(graph=False, overlap=False)]),
     "packed": ("bf16", [Variant(packed=True), Variant(graph=False, packed=True, overlap=False)]),
