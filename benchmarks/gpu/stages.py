@@ -71,6 +71,8 @@ def all_stages(*, rehearse: bool = False) -> dict[str, Stage]:
     tuned = [(operator, backend) for operator in OPERATORS[:2] for backend in BACKENDS]
     peers = ("training", "lif", "bn_lif", "seal_loss")
     gpu_tests = sorted(str(path) for path in (ROOT / "tests" / "kernels").glob("*_gpu.py"))
+    if not rehearse:  # a fake graph is none
+        gpu_tests.append(str(ROOT / "tests" / "train" / "test_step.py"))
     stages = {
         "machine": Stage(40, (module("gpu.machine"),)),
         "smoke": Stage(80, tuple(module("gpu.smoke", *job) for job in each), processors),
