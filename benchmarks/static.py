@@ -113,9 +113,9 @@ def cases() -> Iterator[Case]:
                 ),
                 (f"batch norm{suffix} + LIF forward", f"batch norm{suffix} + LIF backward"),
                 {
-                    "triton": {"_forward": (0, 1), "_backward": (0, 1, 4)}
+                    "triton": {"_forward": (0, 1), "_backward": (0, 1, 3)}
                     if residual
-                    else {"_forward": (0,), "_backward": (0, 3)},
+                    else {"_forward": (0,), "_backward": (0, 2)},
                     "cupy": {"bn_lif_forward": (0, 1), "bn_lif_backward": (0, 2, 3)}
                     if residual
                     else {"bn_lif_forward": (0,), "bn_lif_backward": (0, 2)},
