@@ -81,7 +81,7 @@ def cuda_kernels(capability: int, call: Callable[[], object]) -> list[Kernel]:
 
     launches = []
 
-    def start(path, expression, blocks, threads, arguments, device, shared_bytes=0):
+    def start(path, expression, blocks, threads, arguments, codes, device, shared_bytes=0):
         launches.append((path, expression, threads, shared_bytes))
 
     with mock.patch.object(launcher, "start", start):

@@ -6,6 +6,7 @@ CuPy's RawModule is not used, because it compiles with -ftz=true, which makes sm
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -13,10 +14,13 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+
+from .device import current_stream, is_current
 
 # No fused multiply-adds and, as is NVRTC's default, IEEE division: spikes equal the reference bit for bit.
 OPTIONS = ("--std=c++17", "--fmad=false")
@@ -25,6 +29,9 @@ _SHARED = 48 << 10  # bytes of shared memory that a block may have without askin
 _MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, which CuPy has no name for
 ACCESS = 16  # bytes that one thread reads or writes at once: the widest access there is
 NUMBERS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "double"}
+
+# What a kernel takes, as in `struct` and as NumPy has it: an address, an int64_t, a float or a double.
+CODES = {"Q": "uint64", "q": "int64", "f": "float32", "d": "float64"}
 
 
 def missing() -> str:
@@ -152,16 +159,24 @@ def launch(
     shared_bytes: int = 0,  # of the block's `extern __shared__` memory
 ) -> None:
     """Start a kernel. It takes a tensor as a pointer, None as a null pointer, an int as int64_t."""
-    import numpy as np
+    values = [
+        argument.data_ptr() if isinstance(argument, torch.Tensor) else 0 if argument is None else argument
+        for argument in arguments
+    ]
+    codes = _codes(tuple(map(type, arguments)), real)
+    start(path, expression, blocks, threads, values, codes, device, shared_bytes)
 
-    number = np.float64 if real == torch.float64 else np.float32
 
-    def passed(argument):
-        if argument is None or isinstance(argument, torch.Tensor):
-            return np.uint64(0 if argument is None else argument.data_ptr())
-        return np.int64(argument) if isinstance(argument, int) else number(argument)
+@functools.lru_cache(maxsize=1024)
+def _codes(types: tuple[type, ...], real: torch.dtype) -> str:
+    """What arguments of these types are to `start`."""
 
-    start(path, expression, blocks, threads, [passed(argument) for argument in arguments], device, shared_bytes)
+    def code(kind: type) -> str:
+        if kind is type(None) or issubclass(kind, torch.Tensor):
+            return "Q"
+        return "q" if issubclass(kind, int) else "d" if real == torch.float64 else "f"
+
+    return "".join(map(code, types))
 
 
 def start(
@@ -169,20 +184,71 @@ def start(
     expression: str,
     blocks: int,
     threads: int,
-    arguments: list,
+    arguments: Sequence[int | float],  # addresses and numbers
+    codes: str,  # what each of them is, of CODES
     device: torch.device,
     shared_bytes: int = 0,
 ) -> None:
-    """Start a kernel on torch's current stream of `device`, with arguments that are NumPy numbers."""
+    """Start a kernel on torch's current stream of `device`, through CuPy when this thread does so for the first time."""
+    key = (path, expression, device, codes)
+    prepared = _of_thread.prepared.get(key)
+    if prepared is not None and shared_bytes <= prepared.shared_bytes and is_current(device):
+        prepared.start(blocks, threads, arguments, current_stream(device), shared_bytes)
+        return
     import cupy
+    import numpy as np
 
-    stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
+    passed = [getattr(np, CODES[code])(argument) for code, argument in zip(codes, arguments, strict=True)]
     options = {"shared_mem": shared_bytes} if shared_bytes else {}
     with cupy.cuda.Device(device.index):
         function = _function(path, expression, device)
         if shared_bytes > _SHARED:
             cupy.cuda.driver.funcSetAttribute(function.ptr, _MOST_SHARED, shared_bytes)
-        function((blocks,), (threads,), arguments, stream=stream, **options)
+        function((blocks,), (threads,), passed, stream=_Stream(current_stream(device)), **options)
+    if torch.cuda.is_initialized() and hasattr(cupy.cuda.driver, "launchKernel"):
+        _of_thread.prepared[key] = Prepared(function, codes, max(shared_bytes, _SHARED), cupy.cuda.driver.launchKernel)
+
+
+class Prepared:
+    """A kernel that this thread has started, and room for its arguments, so that the driver is called at once.
+
+    CuPy's own call wraps each argument in an object and asks each time whether the thread has a context.
+    """
+
+    def __init__(self, function, codes: str, shared_bytes: int, launch_kernel: Callable[..., None]):
+        """Lay the room out.
+
+        Args:
+            function: CuPy's function.
+            codes: What each argument is, as for `start`.
+            shared_bytes: Of dynamic shared memory that a block of the function may have.
+            launch_kernel: CuPy's binding of cuLaunchKernel.
+        """
+        self.function = function  # keeps its module loaded
+        self.address = function.ptr
+        self.shared_bytes = shared_bytes
+        self.launch_kernel = launch_kernel
+        self.pack_into = struct.Struct(codes).pack_into
+        self.room = ctypes.create_string_buffer(max(struct.calcsize(codes), 1))
+        ends = (struct.calcsize(codes[: place + 1]) for place in range(len(codes)))
+        places = [end - struct.calcsize(code) for end, code in zip(ends, codes, strict=True)]
+        self.pointers = (ctypes.c_void_p * len(codes))(*(ctypes.addressof(self.room) + place for place in places))
+        self.parameters = ctypes.addressof(self.pointers)
+
+    def start(self, blocks: int, threads: int, arguments: Sequence[int | float], stream: int, shared_bytes: int):
+        """Start the function, whose arguments the driver copies before it returns."""
+        self.pack_into(self.room, 0, *arguments)
+        self.launch_kernel(self.address, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, self.parameters, 0)
+
+
+class _OfThread(threading.local):
+    """What each thread has for itself: a context is a thread's own, and so is room that arguments are written to."""
+
+    def __init__(self):
+        self.prepared: dict[tuple, Prepared] = {}
+
+
+_of_thread = _OfThread()
 
 
 @functools.cache
@@ -198,13 +264,12 @@ def counter(device: torch.device) -> torch.Tensor:
 
     Kernels on one stream run one after another and share it. A graph has its own: it may run beside its stream.
     """
-    with torch.cuda.device(device):
+    with contextlib.nullcontext() if is_current(device) else torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(1, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    if (device, stream) not in _counters:
-        _counters.setdefault((device, stream), _zero(device))
-    return _counters[device, stream]
+    key = (device, current_stream(device))
+    found = _counters.get(key)
+    return _counters.setdefault(key, _zero(device)) if found is None else found
 
 
 _counters: dict[tuple[torch.device, int], torch.Tensor] = {}

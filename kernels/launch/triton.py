@@ -11,6 +11,9 @@ import struct
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
+
+from .device import current_stream, is_current
 
 ACCESS = 16  # bytes that one thread reads or writes at once: the widest access there is
 
@@ -23,10 +26,70 @@ def start(kernel, blocks: int, *arguments, device: torch.device, num_warps: int,
 
     Products and sums stay apart, as fused multiply-adds round differently; Triton's default changes between releases.
     """
-    settle(kernel)
+    if _REPEATS and device.type == "cuda" and is_current(device):
+        specialised, passed = specialisation(arguments)
+        values = constants.values()
+        key = (kernel, blocks, device, num_warps, *constants, *values, *map(type, values), *specialised)
+        prepared = _prepared.get(key)
+        if prepared is not None and not kernel.pre_run_hooks:
+            run, last = prepared
+            run(*passed, *last, stream=current_stream(device))
+        else:
+            compiled = _start(kernel, blocks, arguments, num_warps, constants)
+            # 0.0 and -0.0 are two constants, but one key.
+            if passed is not None and isinstance(compiled, CompiledKernel) and float not in map(type, values):
+                if len(_prepared) >= _MOST_PREPARED:
+                    _prepared.clear()
+                _prepared[key] = compiled[blocks, 1, 1], last_arguments(kernel, arguments, constants)
+        return
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        kernel[(blocks,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
+        _start(kernel, blocks, arguments, num_warps, constants)
+
+
+def _start(kernel, blocks, arguments, num_warps, constants):
+    settle(kernel)
+    return kernel[(blocks,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
+
+
+# All that the choice of a compiled kernel depends on -> what starts it, and the arguments after those of `start`.
+_prepared: dict[tuple, tuple] = {}
+_MOST_PREPARED = 4096
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+# Triton before 3.3 takes other arguments to start a compiled kernel, and on AMD's GPUs specialises for more.
+_REPEATS = torch.version.hip is None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+
+
+def specialisation(arguments: tuple) -> tuple[list, list | None]:
+    """What Triton compiles a kernel for, and its arguments with addresses in place of tensors.
+
+    A tensor stands for its dtype and whether 16 bytes divide its address, and an integer for itself: Triton looks at
+    its width, whether 16 divides it and whether it is 1, some of it only for some parameters. The values of floats are
+    not looked at. Where there is anything else, None takes the place of the arguments.
+    """
+    key, passed = [], []
+    for argument in arguments:
+        kind = type(argument)
+        if kind in _PLAIN:
+            address = argument.data_ptr()
+            key.append(argument.dtype if address % ACCESS == 0 else (argument.dtype,))
+            argument = address
+        elif kind is float:
+            key.append(float)
+        elif kind is int or argument is None:
+            key.append(argument)
+        else:
+            return [object()], None
+        passed.append(argument)
+    return key, passed
+
+
+def last_arguments(kernel, arguments: tuple, constants: dict) -> tuple:
+    """The constants in the order of the kernel's parameters, which are all that follow `arguments`."""
+    parameters = kernel.signature.parameters
+    bound = kernel.signature.bind(*arguments, **{name: constants[name] for name in constants if name in parameters})
+    bound.apply_defaults()
+    return tuple(bound.arguments.values())[len(arguments) :]
 
 
 _settled: set[int] = set()  # ids of functions, which live as long as their modules

@@ -35,6 +35,7 @@ UNROLLED = 16  # time steps that a kernel is specialised for, at most
 ROW = 1024  # logits that one warp goes through before a row gets more warps
 COUNTED = 4096  # samples whose labels every block counts for itself, at most
 SCALE_THREADS, SCALE_BLOCKS = 256, 1024
+_MOST_NEIGHBOURS = 8  # numbers, of at most 8 bytes, that one access moves
 NUMBERS = {
     torch.float32: "float",
     torch.bfloat16: "bfloat16",
@@ -61,10 +62,10 @@ def forward(
 
     A label that is neither a class nor -100 makes the loss NaN.
     """
-    T, B, K = logits.shape
-    device = logits.device
-    parts, partials = (torch.empty(size, dtype=torch.float32, device=device) for size in (4, 3 * B))
-    grad = torch.empty(T, B, K, dtype=logits.dtype, device=device) if gradient else None
+    B, device = logits.shape[1], logits.device
+    parts = torch.empty(4, dtype=torch.float32, device=device)
+    partials = torch.empty(3 * B, dtype=torch.float32, device=device)
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if gradient else None
     # Blocks that all count all labels would read B² of them.
     counted = None if B <= COUNTED else (labels != IGNORED).sum()
     _launch(
@@ -89,51 +90,71 @@ def weights(logits: Tensor, *, keep: str | None = None) -> tuple[Tensor, Tensor]
 def scale_(grad: Tensor, factor: Tensor) -> None:
     """Multiply a contiguous gradient by a float32 number on its device; where that is 1, nothing is written."""
     size = grad.numel()
-    vector = ACCESS // grad.element_size()
-    if size % vector or grad.data_ptr() % ACCESS:
-        vector = 1
-    blocks = min(-(-size // (vector * SCALE_THREADS)), SCALE_BLOCKS)
     if size:
-        kernel = specialised("scale", NUMBERS[grad.dtype], vector)
+        kernel, blocks = _scaling(size, grad.dtype, grad.data_ptr() % ACCESS == 0)
         arguments = (grad, factor, size)
         launch(SOURCE, kernel, blocks, SCALE_THREADS, arguments, real=torch.float32, device=grad.device)
 
 
+@functools.lru_cache(maxsize=1024)
+def _scaling(size: int, dtype: torch.dtype, aligned: bool) -> tuple[str, int]:
+    """The specialisation of `scale` and its blocks."""
+    vector = ACCESS // dtype.itemsize
+    if size % vector or not aligned:
+        vector = 1
+    return specialised("scale", NUMBERS[dtype], vector), min(-(-size // (vector * SCALE_THREADS)), SCALE_BLOCKS)
+
+
 def _launch(objective, logits, tensors, *, numbers, keep):
-    T, B, K = logits.shape
     teacher_logits, labels, _, grad, *_ = tensors
-    if teacher_logits is None:
-        dtypes = (logits.dtype, torch.float32, torch.int64)
-        vector, strides = _vector(logits), (0, 0, 0)
-    else:
-        dtypes = (logits.dtype, teacher_logits.dtype, labels.dtype)
-        vector = math.gcd(_vector(logits), _vector(teacher_logits))
-        strides = (*teacher_logits.stride(), labels.stride(0))
-    gradient, most = grad is not None, shared_memory(logits.device)
-    kernel = _kernel(T, K, dtypes, vector, objective, gradient, most, keep)
+    others = (None, None) if teacher_logits is None else (_layout(teacher_logits), (labels.stride(0), labels.dtype))
+    most = shared_memory(logits.device)
+    kernel, sizes = _plan(_layout(logits), *others, objective, grad is not None, most, keep)
     workspace = None
     if kernel.workspace:
+        B = logits.shape[1]
         workspace = torch.empty(B * kernel.workspace, dtype=torch.float32, device=logits.device)
+    alpha, beta, temperature = numbers
     launch(
         SOURCE,
         kernel.expression,
-        B,
+        logits.shape[1],
         kernel.threads,
-        (logits, *tensors, workspace, T, B, K, *logits.stride(), *strides, *map(float, numbers), math.log(K)),
+        (logits, *tensors, workspace, *sizes, float(alpha), float(beta), float(temperature), math.log(logits.shape[2])),
         real=torch.float32,
         device=logits.device,
         shared_bytes=kernel.shared_bytes,
     )
 
 
-def _vector(tensor: Tensor) -> int:
+def _layout(tensor: Tensor) -> tuple:
+    """All that the choice of a kernel looks at: shape, strides, dtype, and where the first number lies in 64 bytes."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % (_MOST_NEIGHBOURS * 8)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(logits, teacher_logits, labels, objective, gradient, most, keep) -> tuple[_Kernel, tuple[int, ...]]:
+    """The kernel, and its sizes and strides; of the layouts of logits and teacher_logits, and of stride and dtype."""
+    shape, strides, dtype, _ = logits
+    if teacher_logits is None:
+        dtypes = (dtype, torch.float32, torch.int64)
+        vector, other_strides = _vector(*logits), (0, 0, 0)
+    else:
+        dtypes = (dtype, teacher_logits[2], labels[1])
+        vector = math.gcd(_vector(*logits), _vector(*teacher_logits))
+        other_strides = (*teacher_logits[1], labels[0])
+    T, _, K = shape
+    kernel = _kernel(T, K, dtypes, vector, objective, gradient, most, keep)
+    return kernel, (*shape, *strides, *other_strides)
+
+
+def _vector(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, address: int) -> int:
     """How many numbers, at most 8, an access may move: rows of classes are dense, and begin at a multiple of it."""
-    *strides, dense = tensor.stride()
+    *strides, dense = strides
     if dense != 1:
         return 1
-    size, K = tensor.element_size(), tensor.shape[-1]
-    apart = [stride for stride, length in zip(strides, tensor.shape, strict=False) if length > 1]
-    return math.gcd(8, K, tensor.data_ptr() // size, *apart)
+    apart = [stride for stride, length in zip(strides, shape, strict=False) if length > 1]
+    return math.gcd(_MOST_NEIGHBOURS, shape[-1], address // dtype.itemsize, *apart)
 
 
 class _Kernel(NamedTuple):

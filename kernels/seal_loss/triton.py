@@ -18,6 +18,7 @@ of which writes the gradient: sums wait for maxima, and the confidence for a sum
 The program that finishes last adds up what all of them have left, always in the same order; see triton_sums.py.
 """
 
+import functools
 import math
 
 import torch
@@ -272,7 +273,7 @@ def forward(
     gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss, ce, ela and sta as float32 [4]; and the gradient [T, B, K] of the loss to the logits, in their dtype."""
-    grad = logits.new_empty(logits.shape) if gradient else None
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if gradient else None
     parts = logits.new_empty(4, dtype=torch.float32)
     partials = logits.new_empty((3, min(logits.shape[1], MOST_PROGRAMS)), dtype=torch.float32)
     tensors = (teacher_logits, labels, grad, parts, partials, counter(logits.device), None, None)
@@ -306,36 +307,51 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
 
 
 def _launch(logits, tensors, numbers, objective):
-    T, B, K = logits.shape
     teacher_logits, labels, *_ = tensors
     teacher = logits[0] if teacher_logits is None else teacher_logits
-    rows = logits.stride(2) == 1 and teacher.stride(1) == 1
-    wide = rows and aligned(logits.dtype, K, *logits.stride()[:2]) and aligned(teacher.dtype, K, teacher.stride(0))
+    label_stride = None if labels is None else labels.stride(0)
+    blocks, sizes, options = _plan(
+        logits.shape, logits.stride(), logits.dtype, teacher.stride(), teacher.dtype, label_stride
+    )
+    start(
+        _seal_loss,
+        blocks,
+        logits,
+        *tensors,
+        *numbers,
+        *sizes,
+        device=logits.device,
+        OBJECTIVE=objective,
+        **options,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    dtype: torch.dtype,
+    teacher_strides: tuple[int, int],
+    teacher_dtype: torch.dtype,
+    label_stride: int | None,  # None where weights are asked for
+) -> tuple[int, tuple, dict]:
+    """Programs of a launch, what follows the temperature in the kernel's arguments, and options."""
+    T, B, K = shape
+    rows = strides[2] == 1 and teacher_strides[1] == 1
+    wide = rows and aligned(dtype, K, *strides[:2]) and aligned(teacher_dtype, K, teacher_strides[0])
     t_pad, k_pad = triton.next_power_of_2(T), triton.next_power_of_2(K)
     tile = TILE if t_pad <= 4 else TILE // 2 if wide else TILE // 4
     block = min(k_pad, max(tile // t_pad, 1))
     num_warps = min(max(t_pad * block // (32 * TOGETHER), 1), 8)
-    start(
-        _seal_loss,
-        min(B, MOST_PROGRAMS),
-        logits,
-        *tensors,
-        *numbers,
-        math.log(K),
-        T,
-        B,
-        K,
-        *logits.stride(),
-        *teacher.stride(),
-        1 if labels is None else labels.stride(0),
-        device=logits.device,
-        num_warps=num_warps,
-        maxnreg=255,  # without a limit, ptxas may spill some to have only 128
-        OBJECTIVE=objective,
-        T_PAD=t_pad,
-        BLOCK=block,
-        RESIDENT=labels is not None and block == k_pad,
-        ROWS=rows,
-        ALIGNED=TOGETHER if wide else 1,
-        LABELS=32 * num_warps * LABELS,
-    )
+    options = {
+        "num_warps": num_warps,
+        "maxnreg": 255,  # without a limit, ptxas may spill some to have only 128
+        "T_PAD": t_pad,
+        "BLOCK": block,
+        "RESIDENT": label_stride is not None and block == k_pad,
+        "ROWS": rows,
+        "ALIGNED": TOGETHER if wide else 1,
+        "LABELS": 32 * num_warps * LABELS,
+    }
+    sizes = (math.log(K), *shape, *strides, *teacher_strides, 1 if label_stride is None else label_stride)
+    return min(B, MOST_PROGRAMS), sizes, options

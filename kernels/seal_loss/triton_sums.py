@@ -4,12 +4,14 @@ Each program counts the labels itself, and leaves its sums. A counter tells whic
 one adds them all up, in the order of the programs, and sets the counter back to 0 for the next launch.
 """
 
+import contextlib
 import threading
 
 import torch
 import triton
 import triton.language as tl
 
+from ..launch.device import current_stream, is_current
 from . import reference
 from .triton_chunk import weighed
 
@@ -71,15 +73,14 @@ def counter(device: torch.device) -> torch.Tensor:
     """
     if device.type != "cuda":
         return torch.zeros((), dtype=torch.int32, device=device)
-    with torch.cuda.device(device):
+    with contextlib.nullcontext() if is_current(device) else torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros((), dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream()
-        key = (stream.device_index, stream.cuda_stream)
+        key = (device.index, current_stream(device))
         if key not in _counters:
             # On a thread and a stream of its own, as those of the caller may take memory from a pool of CUDA graphs,
             # which then use it for something else.
-            thread = threading.Thread(target=_make_counter, args=(key, stream))
+            thread = threading.Thread(target=_make_counter, args=(key, torch.cuda.current_stream()))
             thread.start()
             thread.join()
         return _counters[key]

@@ -216,23 +216,20 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, others):  # in a tuple, what needs no gradient takes less of the host's time
-        (loss, *parts), grad = _run(logits, *others)
-        ctx.save_for_backward(logits, *others[:2], grad)
+        (loss, *parts), ctx.grad = _run(logits, *others)
+        ctx.save_for_backward(logits, *others[:2])
         ctx.arguments = others[2:]
-        ctx.spent = False
         # A view could not be changed in place, as `loss /= 2`; what is in the list is no output to autograd.
         return loss.data, parts
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        *inputs, grad = ctx.saved_tensors
-        if ctx.spent:  # the graph was retained for another pass
-            _, grad = _run(*inputs, *ctx.arguments)
-        ctx.spent = True
-        backend = ctx.arguments[-2]
-        _kernel(backend).scale_(grad, grad_loss)
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:  # the graph was retained for another pass
+            _, grad = _run(*ctx.saved_tensors, *ctx.arguments)
+        _kernel(ctx.arguments[-2]).scale_(grad, grad_loss)
         if torch.is_grad_enabled():
-            grad = _Once.apply(inputs[0], grad)
+            grad = _Once.apply(ctx.saved_tensors[0], grad)
         return grad, None
 
 

@@ -210,9 +210,7 @@ def test_kernels_start_on_the_current_stream_of_the_tensors_device(monkeypatch):
     monkeypatch.setattr(launcher, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(launcher, "cached", lambda path, expression, arch: (expression, b"code"))
     streams = {0: 0, 1: 4096}
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=streams[device.index])
-    )
+    monkeypatch.setattr(launcher, "current_stream", lambda device: streams[device.index])
     launcher._function.cache_clear()
     try:
         for index in (1, 0, 1):

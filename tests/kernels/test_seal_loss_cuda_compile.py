@@ -6,7 +6,6 @@ import re
 import sys
 import types
 
-import numpy as np
 import pytest
 import torch
 
@@ -184,9 +183,9 @@ def test_large_shared_memory_is_asked_for(monkeypatch):
     fake.cuda = types.SimpleNamespace(Device=device, driver=driver)
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(launcher, "_function", lambda *_: function)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(launcher, "current_stream", lambda device: 0)
     for shared_bytes in (0, 48 << 10, (48 << 10) + 16):
-        launcher.start(room.SOURCE, "kernel", 1, 32, [np.int64(1)], CUDA, shared_bytes)
+        launcher.start(room.SOURCE, "kernel", 1, 32, [1], "q", CUDA, shared_bytes)
     assert [call.get("shared_mem") for call in (calls[0], calls[1], calls[3])] == [None, 48 << 10, (48 << 10) + 16]
     assert calls[2] == (77, 8, (48 << 10) + 16)
 
@@ -204,7 +203,8 @@ def test_each_stream_has_a_counter_and_each_graph_its_own(monkeypatch):
     monkeypatch.setattr(torch, "zeros", zero)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=stream[0]))
+    monkeypatch.setattr(launcher, "is_current", lambda device: device.index == 0)
+    monkeypatch.setattr(launcher, "current_stream", lambda device: stream[0])
     first = launcher.counter(CUDA)
     assert launcher.counter(CUDA) is first
     assert launcher.counter(torch.device("cuda", 0)) is not first

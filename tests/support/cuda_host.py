@@ -129,11 +129,14 @@ def kernels(path: Path) -> Kernels:
     return Kernels(cupy.source(path))
 
 
-def start(path: Path, expression: str, blocks: int, threads: int, arguments: list, _device, shared_bytes=0) -> None:
+def start(
+    path: Path, expression: str, blocks: int, threads: int, values: list, codes: str, _device, shared_bytes=0
+) -> None:
     """What stands in for `kernels.launch.cupy.start`."""
     if _planned is not None:
         _planned.append((path, expression))
         return
+    arguments = [getattr(np, cupy.CODES[code])(value) for code, value in zip(codes, values, strict=True)]
     kernels(path).launch(expression, blocks, threads, arguments, shared_bytes)
 
 
