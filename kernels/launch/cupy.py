@@ -189,7 +189,7 @@ def start(
     device: torch.device,
     shared_bytes: int = 0,
 ) -> None:
-    """Start a kernel on torch's current stream of `device`, through CuPy when this thread does so for the first time."""
+    """Start a kernel on torch's current stream of `device`, by CuPy where this thread does so for the first time."""
     key = (path, expression, device, codes)
     prepared = _of_thread.prepared.get(key)
     if prepared is not None and shared_bytes <= prepared.shared_bytes and is_current(device):

@@ -4,8 +4,10 @@ import contextlib
 import ctypes
 import itertools
 import struct
+import sys
 import threading
 import types
+from typing import ClassVar
 
 import pytest
 import torch
@@ -56,7 +58,7 @@ def driver(monkeypatch):
             launchKernel=launch_kernel, funcSetAttribute=lambda *arguments: calls.append(("attribute", *arguments))
         ),
     )
-    monkeypatch.setitem(__import__("sys").modules, "cupy", fake)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(cuda_launcher, "start", noted)
     monkeypatch.setattr(cuda_launcher, "_function", lambda *_: Function())
     monkeypatch.setattr(cuda_launcher, "_of_thread", cuda_launcher._OfThread())
@@ -198,7 +200,7 @@ def test_what_is_not_known_is_left_to_triton(value):
 class Launches(Target):
     """A driver whose launches are noted, for all that live as long as the kernels that they start."""
 
-    calls = []
+    calls: ClassVar[list] = []
 
     def __init__(self):
         super().__init__(90)
