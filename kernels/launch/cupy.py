@@ -159,11 +159,11 @@ def launch(
     shared_bytes: int = 0,  # of the block's `extern __shared__` memory
 ) -> None:
     """Start a kernel. It takes a tensor as a pointer, None as a null pointer, an int as int64_t."""
-    values = [
-        argument.data_ptr() if isinstance(argument, torch.Tensor) else 0 if argument is None else argument
-        for argument in arguments
-    ]
     codes = _codes(tuple(map(type, arguments)), real)
+    values = [
+        argument if code != "Q" else 0 if argument is None else argument.data_ptr()
+        for code, argument in zip(codes, arguments, strict=True)
+    ]
     start(path, expression, blocks, threads, values, codes, device, shared_bytes)
 
 

@@ -29,10 +29,10 @@ def start(kernel, blocks: int, *arguments, device: torch.device, num_warps: int,
     if _REPEATS and device.type == "cuda" and is_current(device):
         specialised, passed = specialisation(arguments)
         values = constants.values()
-        key = (kernel, blocks, device, num_warps, *constants, *values, *map(type, values), *specialised)
+        key = (id(kernel), blocks, device.index, num_warps, *constants, *values, *map(type, values), *specialised)
         prepared = _prepared.get(key)
         if prepared is not None and not kernel.pre_run_hooks:
-            run, last = prepared
+            run, last, _ = prepared
             run(*passed, *last, stream=current_stream(device))
         else:
             compiled = _start(kernel, blocks, arguments, num_warps, constants)
@@ -40,7 +40,7 @@ def start(kernel, blocks: int, *arguments, device: torch.device, num_warps: int,
             if passed is not None and isinstance(compiled, CompiledKernel) and float not in map(type, values):
                 if len(_prepared) >= _MOST_PREPARED:
                     _prepared.clear()
-                _prepared[key] = compiled[blocks, 1, 1], last_arguments(kernel, arguments, constants)
+                _prepared[key] = compiled[blocks, 1, 1], last_arguments(kernel, arguments, constants), kernel
         return
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
@@ -52,7 +52,8 @@ def _start(kernel, blocks, arguments, num_warps, constants):
     return kernel[(blocks,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
 
 
-# All that the choice of a compiled kernel depends on -> what starts it, and the arguments after those of `start`.
+# All that the choice of a compiled kernel depends on -> what starts it, the arguments after those of `start`, and the
+# kernel itself, whose id stands for it, as its own hash takes longer.
 _prepared: dict[tuple, tuple] = {}
 _MOST_PREPARED = 4096
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
@@ -70,14 +71,14 @@ def specialisation(arguments: tuple) -> tuple[list, list | None]:
     key, passed = [], []
     for argument in arguments:
         kind = type(argument)
-        if kind in _PLAIN:
+        if kind is int or argument is None:
+            key.append(argument)
+        elif kind in _PLAIN:
             address = argument.data_ptr()
             key.append(argument.dtype if address % ACCESS == 0 else (argument.dtype,))
             argument = address
         elif kind is float:
             key.append(float)
-        elif kind is int or argument is None:
-            key.append(argument)
         else:
             return [object()], None
         passed.append(argument)

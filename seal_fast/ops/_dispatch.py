@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_PLAIN = {type(None), Tensor, nn.Parameter, nn.Buffer}
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
@@ -19,8 +19,11 @@ def is_eager(*tensors: Tensor | None) -> bool:
     each call of it costs about 0.1 ms on the host, as much as a small layer's kernel. A Function with setup_context
     would cost a third of that.
     """
-    plain = all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
-    return plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    return (
+        _PLAIN.issuperset(map(type, tensors))
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 @functools.cache

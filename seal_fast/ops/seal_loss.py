@@ -82,7 +82,8 @@ def seal_loss(
             logits, teacher_logits, labels, alpha=alpha, beta=beta, temperature=temperature, objective=objective
         )
         return LossParts(*parts)
-    teacher_logits = teacher_logits.detach()
+    if teacher_logits.requires_grad:
+        teacher_logits = teacher_logits.detach()
     gradient = torch.is_grad_enabled() and logits.requires_grad
     numbers = float(alpha), float(beta), float(temperature)
     others = (teacher_logits, labels, *numbers, objective, chosen, gradient)
