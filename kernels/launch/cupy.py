@@ -202,11 +202,28 @@ def start(
     options = {"shared_mem": shared_bytes} if shared_bytes else {}
     with cupy.cuda.Device(device.index):
         function = _function(path, expression, device)
-        if shared_bytes > _SHARED:
-            cupy.cuda.driver.funcSetAttribute(function.ptr, _MOST_SHARED, shared_bytes)
+        granted = _grant(function, shared_bytes)
         function((blocks,), (threads,), passed, stream=_Stream(current_stream(device)), **options)
     if torch.cuda.is_initialized() and hasattr(cupy.cuda.driver, "launchKernel"):
-        _of_thread.prepared[key] = Prepared(function, codes, max(shared_bytes, _SHARED), cupy.cuda.driver.launchKernel)
+        _of_thread.prepared[key] = Prepared(function, codes, granted, cupy.cuda.driver.launchKernel)
+
+
+def _grant(function, shared_bytes: int) -> int:
+    """Let blocks of the function have so much dynamic shared memory, and return how much they may have.
+
+    That is never lowered, as threads and signatures that have been granted more share the function.
+    """
+    import cupy
+
+    with _granting:
+        if shared_bytes > _granted.get(function.ptr, _SHARED):
+            cupy.cuda.driver.funcSetAttribute(function.ptr, _MOST_SHARED, shared_bytes)
+            _granted[function.ptr] = shared_bytes
+        return _granted.get(function.ptr, _SHARED)
+
+
+_granting = threading.Lock()
+_granted: dict[int, int] = {}  # a function's address -> bytes of shared memory, where it is more than any may have
 
 
 class Prepared:

@@ -19,11 +19,9 @@ def is_eager(*tensors: Tensor | None) -> bool:
     each call of it costs about 0.1 ms on the host, as much as a small layer's kernel. A Function with setup_context
     would cost a third of that.
     """
-    return (
-        _PLAIN.issuperset(map(type, tensors))
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 @functools.cache

@@ -61,6 +61,7 @@ def driver(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(cuda_launcher, "start", noted)
     monkeypatch.setattr(cuda_launcher, "_function", lambda *_: Function())
+    monkeypatch.setattr(cuda_launcher, "_granted", {})
     monkeypatch.setattr(cuda_launcher, "_of_thread", cuda_launcher._OfThread())
     monkeypatch.setattr(cuda_launcher, "is_current", lambda device: device == CUDA)
     monkeypatch.setattr(cuda_launcher, "current_stream", lambda device: 4096)
@@ -113,6 +114,22 @@ def test_another_launch_is_prepared_for_itself(driver, other):
     assert driver[-2][0] == ("attribute" if "shared_bytes" in other else "device")
     launch(1.0, **other)
     assert driver[-1][0] == ("cupy" if "device" in other else "driver")  # which is not the current one
+
+
+def test_shared_memory_is_not_taken_back(driver):
+    """From those of a function's launches that had more."""
+    launch(1, shared_bytes=100 << 10)
+    launch(1.0, shared_bytes=60 << 10)
+    thread = threading.Thread(target=launch, args=(1,), kwargs={"shared_bytes": 80 << 10})
+    thread.start()
+    thread.join()
+    launch(1, shared_bytes=100 << 10)
+    assert [call for call in driver if call[0] == "attribute"] == [("attribute", 77, 8, 100 << 10)]
+    assert driver[-1][0] == "driver"
+    launch(1, shared_bytes=120 << 10)
+    launch(1, shared_bytes=120 << 10)
+    assert [call for call in driver if call[0] == "attribute"][1:] == [("attribute", 77, 8, 120 << 10)]
+    assert driver[-1][0] == "driver"
 
 
 def test_a_thread_starts_by_cupy_which_makes_its_context(driver):

@@ -173,3 +173,29 @@ def test_the_loss_can_be_scaled_in_place():
         assert parts.ce.item() == ce
         gradients.append(leaf.grad)
     assert torch.equal(*gradients)
+
+
+def test_a_graph_that_was_not_retained_says_so_and_one_that_was_is_computed_anew():
+    logits, teacher_logits, labels = inputs(3, 4, 7)
+    leaf = logits.clone().requires_grad_()
+    loss = seal_loss(leaf, teacher_logits, labels, alpha=0.6, beta=0.15, backend="cpu").loss
+    torch.autograd.grad(loss, leaf)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaf)
+    loss = seal_loss(leaf, teacher_logits, labels, alpha=0.6, beta=0.15, backend="cpu").loss
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    with torch.no_grad():
+        leaf += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # of what the gradient is made of
+        torch.autograd.grad(loss, leaf)
+
+
+def test_a_teacher_that_requires_a_gradient_gets_none():
+    logits, teacher_logits, labels = inputs(3, 4, 7)
+    leaves = logits.requires_grad_(), teacher_logits.requires_grad_()
+    parts = seal_loss(*leaves, labels, alpha=0.6, beta=0.15, backend="cpu")
+    parts.loss.backward()
+    assert leaves[0].grad is not None
+    assert leaves[1].grad is None
+    without = seal_loss(logits.detach(), teacher_logits, labels, alpha=0.6, beta=0.15, backend="cpu")
+    assert not any(part.requires_grad for part in without)

@@ -183,6 +183,7 @@ def test_large_shared_memory_is_asked_for(monkeypatch):
     fake.cuda = types.SimpleNamespace(Device=device, driver=driver)
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(launcher, "_function", lambda *_: function)
+    monkeypatch.setattr(launcher, "_granted", {})
     monkeypatch.setattr(launcher, "current_stream", lambda device: 0)
     for shared_bytes in (0, 48 << 10, (48 << 10) + 16):
         launcher.start(room.SOURCE, "kernel", 1, 32, [1], "q", CUDA, shared_bytes)

@@ -1,5 +1,7 @@
 """Each wrong argument raises one sentence that names it, before anything runs."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -216,6 +218,24 @@ def test_environment_variable_replaces_auto_only(monkeypatch):
     run_lif()
     monkeypatch.setenv("SEAL_FAST_BACKEND", "")
     run_lif()
+
+
+@pytest.mark.parametrize("as_cpython_keeps_it", [True, False])
+def test_environment_variable_may_change_between_calls(as_cpython_keeps_it, monkeypatch):
+    module = sys.modules["seal_fast.backends"]
+    assert module._variables is not None
+    if not as_cpython_keeps_it:
+        monkeypatch.setattr(module, "_variables", None)
+    device = torch.device("cpu")
+    monkeypatch.delenv("SEAL_FAST_BACKEND", raising=False)
+    usual = module.resolve("auto", "seal_loss", device)
+    monkeypatch.setenv("SEAL_FAST_BACKEND", "torch")
+    assert module.resolve("auto", "seal_loss", device) == "torch"
+    monkeypatch.setenv("SEAL_FAST_BACKEND", "cuda")
+    with pytest.raises(ValueError, match=r"got 'cuda'\."):
+        module.resolve("auto", "seal_loss", device)
+    monkeypatch.delenv("SEAL_FAST_BACKEND")
+    assert module.resolve("auto", "seal_loss", device) == usual
 
 
 def test_backends_says_what_can_run_here_and_why_not():
