@@ -200,9 +200,12 @@ def test_kernels_start_on_the_current_stream_of_the_tensors_device(monkeypatch):
             loaded.append((current.device, code))
 
         def get_function(self, symbol):
-            return lambda grid, block, arguments, stream: calls.append(
-                (current.device, symbol, grid, block, [type(argument) for argument in arguments], stream.ptr)
-            )
+            def function(grid, block, arguments, stream):
+                types_passed = [type(argument) for argument in arguments]
+                calls.append((current.device, symbol, grid, block, types_passed, stream.ptr))
+
+            function.ptr = 77
+            return function
 
     fake = types.ModuleType("cupy")
     fake.cuda = types.SimpleNamespace(Device=Device, Module=Module)
