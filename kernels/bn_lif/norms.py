@@ -4,8 +4,8 @@ Its rows are scale and shift of each norm in turn, then their means, then their 
 eps), all in the state's dtype: float32 for 16-bit y. A norm is y scale + shift, with scale = weight / sqrt(var + eps)
 and shift = bias - mean scale.
 
-A kernel that sums also makes what follows from the sums. The functions here do the same in torch: for the native CPU
-kernels, and where sums of several ranks are merged or a graph is traced before there are any.
+A kernel that sums also makes what follows from the sums. The functions here do the same in torch, where sums of several
+ranks are merged or a graph is traced before there are any.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def batch_norm(y: torch.Tensor, bn: nn.Module, repeats: int = 1) -> torch.Tensor
         bn: A torch batch-norm module, or SpikingJelly's, whose step mode does not matter.
         repeats: How many time steps y stands for.
     """
-    updates = bn.training and bn.track_running_stats
+    updates = bn.training and bn.track_running_stats and bn.running_mean is not None
     group = ranks.synchronised(bn)
     if group is not None:  # torch's own does not run on the CPU
         out, mean, variance, count = ranks.batch_norm(y, bn, group)
@@ -69,7 +69,9 @@ def update_running_statistics(
     """Let the running statistics see one more batch, as torch does."""
     if bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
-    momentum = 1.0 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
+    momentum = bn.momentum
+    if momentum is None:
+        momentum = 0.0 if bn.num_batches_tracked is None else 1.0 / bn.num_batches_tracked.to(mean.dtype)
     bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
     bn.running_var.lerp_(variance.to(bn.running_var.dtype) * (count / (count - 1)), momentum)
 

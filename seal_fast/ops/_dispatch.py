@@ -24,6 +24,11 @@ def is_eager(*tensors: Tensor | None) -> bool:
     return _PLAIN.issuperset(map(type, tensors))
 
 
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether it is no subclass's, whose elements may be elsewhere."""
+    return type(tensor) in _PLAIN
+
+
 @functools.cache
 def kernel_module(operator: str, backend: str) -> ModuleType:
     """The module of an operator's kernels on a backend, which loads what the backend needs."""

@@ -12,13 +12,16 @@ from ..kernels.bn_lif import norms, ranks
 from ..kernels.bn_lif.norms import Norm
 from ..kernels.bn_lif.reference import has_step_modes, update_running_statistics
 from ..kernels.lif.reference import state_dtype
+from ._dispatch import is_plain
 
 _PLAIN = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def can_fuse(bn: nn.Module) -> bool:
     """Whether nothing but torch's own computation would run if the module were called."""
-    return (type(bn).forward in _PLAIN or has_step_modes(bn)) and not has_hooks(bn)
+    tracks = bn.training and bn.track_running_stats
+    whole = (bn.running_mean is None) == (bn.running_var is None) and not (tracks and bn.running_mean is None)
+    return (type(bn).forward in _PLAIN or has_step_modes(bn)) and not has_hooks(bn) and whole
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -39,9 +42,10 @@ def table_of(
         ValueError: A norm in training has one element per channel, which has no variance.
     """
     found = [_norm_of(*each, group) for each in given]
-    state, device = state_dtype(given[0][1].dtype), given[0][1].device
-    if kernel is not None and group is None and all(_fits_kernels(norm, state, device) for norm in found):
-        table = torch.empty(4 * len(given), given[0][1].shape[1], dtype=state, device=device)
+    y = given[0][1]
+    state, C = state_dtype(y.dtype), y.shape[1]
+    if kernel is not None and group is None and all(_fits_kernels(norm, C, state, y.device) for norm in found):
+        table = torch.empty(4 * len(given), C, dtype=state, device=y.device)
         for i, (norm, (_, y, _)) in enumerate(zip(found, given, strict=True)):
             kernel.fill_table(table, i, y.detach(), norm)
         return table, tuple(norm.count for norm in found)
@@ -75,11 +79,20 @@ def _norm_of(bn: nn.Module, y: Tensor, repeats: int, group: ProcessGroup | None)
     return Norm(*tensors, tracked, bn.momentum, bn.eps, count, repeats)
 
 
-def _fits_kernels(norm: Norm, state: torch.dtype, device: torch.device) -> bool:
-    """Whether kernels can take the norm's tensors where they lie, and its momentum, which is None for a mean of all."""
-    tracked = norm.num_batches_tracked
+def _fits_kernels(norm: Norm, C: int, state: torch.dtype, device: torch.device) -> bool:
+    """Whether kernels can take the norm's tensors where they lie, and its momentum, which is None for a mean of all.
+
+    Kernels do not look whether there is what they read and write: what torch would refuse, it has to see.
+    """
+
+    def fits(tensor: Tensor | None, dtype: torch.dtype, size: int) -> bool:
+        if tensor is None:
+            return True
+        found = tensor.dtype, tensor.device, tensor.numel()
+        return is_plain(tensor) and found == (dtype, device, size) and tensor.is_contiguous()
+
     return (
         norm.momentum is not None
-        and (tracked is None or tracked.device == device)
-        and all(tensor is None or (tensor.dtype == state and tensor.is_contiguous()) for tensor in norm[:4])
+        and fits(norm.num_batches_tracked, torch.int64, 1)
+        and all(fits(tensor, state, C) for tensor in norm[:4])
     )
