@@ -274,7 +274,8 @@ def _run_backward(grad_spikes, grad_m, *arguments, group=None):
             source = None if isinstance(count, int) and count == 0 else source
             of_norm = coefficients[3 * i : 3 * i + 3]
             grads[i] = kernel.normalised_gradient(rows[i], source, of_norm, in_place=not needed_again)
-    grads += [found.grad_threshold, found.grad_inverse_tau, *found.grad_norms.unbind()]
+    # Not as views, which autograd.grad would hand out: changing one in place would count as a change of the others.
+    grads += [found.grad_threshold, found.grad_inverse_tau, *(row.data for row in found.grad_norms.unbind())]
     return *grads, *[None] * (8 - len(grads))
 
 
