@@ -82,7 +82,11 @@ class _Saved(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What stands for any other tensor: itself without its node, as a node that keeps its own output is never freed."""
+    """What stands for any other tensor: itself without its node, as a node that keeps its own output is never freed.
+
+    A leaf, which has none, stays itself: whoever gives it other `data`, as do those who shard parameters, expects the
+    backward pass to find that, and the memory of the former to be free.
+    """
 
     tensor: Tensor
     version: int
@@ -90,7 +94,7 @@ class _Kept(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> _Kept:
         """The tensor as it is now."""
-        return cls(tensor.detach(), tensor._version)
+        return cls(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
 
     def unpack(self) -> Tensor:
         """The tensor, unless its contents have changed."""

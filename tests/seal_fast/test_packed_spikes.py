@@ -174,6 +174,21 @@ def test_a_change_between_forward_and_backward_is_noticed_as_without_packing(cha
             loss.backward()
 
 
+def test_data_of_parameters_may_move_as_without_packing():
+    """Libraries that shard parameters give them other memory between forward and backward."""
+    found = []
+    for packed in (False, True):
+        x, weight = torch.ones(8, 4, requires_grad=True), nn.Parameter(torch.ones(4))
+        with packed_spikes() if packed else contextlib.nullcontext():
+            loss = (x * weight).sum()
+        former = StorageWeakRef(weight.untyped_storage())
+        weight.data = torch.full((4,), 3.0)
+        assert former.expired()
+        loss.backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+
+
 def test_second_derivatives_pass_what_was_kept():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     found = []
