@@ -18,7 +18,7 @@ _PLAIN = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def can_fuse(bn: nn.Module) -> bool:
-    """Whether nothing but torch's own computation would run if the module were called."""
+    """Whether nothing but torch's own computation would run if the module were called, on statistics that are there."""
     tracks = bn.training and bn.track_running_stats
     whole = (bn.running_mean is None) == (bn.running_var is None) and not (tracks and bn.running_mean is None)
     return (type(bn).forward in _PLAIN or has_step_modes(bn)) and not has_hooks(bn) and whole
