@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import os
 import runpy
 import sys
 import types
@@ -171,7 +170,7 @@ def _resolved_on_gpu(find, devices: dict[str, str]):
     """
 
     def run(backend, operator, device, dtype, time_steps, default, *settings):
-        name = os.fsdecode(default or "auto") if backend == "auto" else backend
+        name = default or "auto" if backend == "auto" else backend
         place = device if devices.get(name) == "cpu" else _OfType("cuda")
         return find(backend, operator, place, dtype, time_steps, default, *settings)
 

@@ -311,7 +311,8 @@ def _launch(logits, tensors, numbers, objective):
     teacher = logits[0] if teacher_logits is None else teacher_logits
     label_stride = None if labels is None else labels.stride(0)
     blocks, sizes, options = _plan(
-        logits.shape, logits.stride(), logits.dtype, teacher.stride(), teacher.dtype, label_stride
+        *(logits.shape, logits.stride(), logits.dtype, teacher.stride(), teacher.dtype, label_stride),
+        *(TILE, LABELS, MOST_PROGRAMS),
     )
     start(
         _seal_loss,
@@ -334,13 +335,16 @@ def _plan(
     teacher_strides: tuple[int, int],
     teacher_dtype: torch.dtype,
     label_stride: int | None,  # None where weights are asked for
+    tile: int,  # this and what follows are the constants of these names
+    labels_at_once: int,
+    most_programs: int,
 ) -> tuple[int, tuple, dict]:
     """Programs of a launch, what follows the temperature in the kernel's arguments, and options."""
     T, B, K = shape
     rows = strides[2] == 1 and teacher_strides[1] == 1
     wide = rows and aligned(dtype, K, *strides[:2]) and aligned(teacher_dtype, K, teacher_strides[0])
     t_pad, k_pad = triton.next_power_of_2(T), triton.next_power_of_2(K)
-    tile = TILE if t_pad <= 4 else TILE // 2 if wide else TILE // 4
+    tile = tile if t_pad <= 4 else tile // 2 if wide else tile // 4
     block = min(k_pad, max(tile // t_pad, 1))
     num_warps = min(max(t_pad * block // (32 * TOGETHER), 1), 8)
     options = {
@@ -351,7 +355,7 @@ def _plan(
         "RESIDENT": label_stride is not None and block == k_pad,
         "ROWS": rows,
         "ALIGNED": TOGETHER if wide else 1,
-        "LABELS": 32 * num_warps * LABELS,
+        "LABELS": 32 * num_warps * labels_at_once,
     }
     sizes = (math.log(K), *shape, *strides, *teacher_strides, 1 if label_stride is None else label_stride)
-    return min(B, MOST_PROGRAMS), sizes, options
+    return min(B, most_programs), sizes, options

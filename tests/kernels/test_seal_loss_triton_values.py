@@ -44,14 +44,17 @@ def inputs(T, B, K, seed=0, scale=2.0):
 
 def run(logits, teacher_logits, labels, **options):
     """The parts and the gradient on the CPU. Outputs are poisoned: what is not written is NaN."""
-    new_empty = torch.Tensor.new_empty
 
-    def poisoned(*size, **given):
-        made = new_empty(*size, **given)
-        return made.fill_(math.nan) if made.is_floating_point() else made
+    def poisoned(make):
+        def run(*arguments, **given):
+            made = make(*arguments, **given)
+            return made.fill_(math.nan) if made.is_floating_point() else made
+
+        return run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_empty", poisoned)
+        patch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+        patch.setattr(torch, "empty_like", poisoned(torch.empty_like))
         parts, gradient = kernel.forward(
             logits.to(DEVICE), teacher_logits.to(DEVICE), labels.to(DEVICE), gradient=True, **PUBLISHED | options
         )
@@ -119,7 +122,8 @@ def test_sixty_four_time_steps(objective, classes, monkeypatch):
 
 @pytest.mark.parametrize("T", [65, 100, 256])
 def test_more_time_steps_are_refused(T):
-    more, sentence = inputs(T, 1, 7), rf"it takes up to 64 time steps, and these are {T}; .*torch can"
+    more = [tensor.to(DEVICE) for tensor in inputs(T, 1, 7)]
+    sentence = rf"it takes up to 64 time steps, and these are {T}; .*torch can"
     for objective in OBJECTIVES:
         with pytest.raises(ValueError, match=sentence):
             seal_fast.seal_loss(*more, alpha=0.6, beta=0.15, objective=objective, backend="triton")

@@ -22,6 +22,9 @@ def _loader(load, backend: str):
     return lambda name: Carried(load(name)) if name == backend else load(name)
 
 
+WRITTEN = {"fill_table": (0, 3)}  # function -> places of arguments that it writes to: a table, a norm's statistics
+
+
 class Carried:
     """A kernel's module whose functions take CPU tensors, and give such."""
 
@@ -30,16 +33,30 @@ class Carried:
 
     def __getattr__(self, name: str):
         def run(*arguments, **options):
-            return moved(getattr(self._kernel, name)(*moved(arguments, "cuda"), **options), "cpu")
+            there = moved(arguments, "cuda")
+            result = moved(getattr(self._kernel, name)(*there, **options), "cpu")
+            for place in WRITTEN.get(name, ()):
+                for tensor, written in zip(_tensors(arguments[place]), _tensors(there[place]), strict=True):
+                    if not tensor.requires_grad:  # weight and bias are read
+                        tensor.copy_(written)
+            return result
 
         return run
 
 
 def moved(values, device: str):
-    """A tensor, or the tensors among `values`, on `device`, with the strides that they have."""
+    """A tensor, or all that are in a tuple, on `device`, with the strides that they have; other things as they are."""
     if isinstance(values, torch.Tensor):
         return _moved(values, device)
-    return tuple(_moved(value, device) if isinstance(value, torch.Tensor) else value for value in values)
+    if not isinstance(values, tuple):
+        return values
+    others = [moved(value, device) for value in values]
+    return type(values)(*others) if hasattr(values, "_fields") else tuple(others)
+
+
+def _tensors(values) -> list[torch.Tensor]:
+    every = values if isinstance(values, tuple) else (values,)
+    return [value for value in every if isinstance(value, torch.Tensor)]
 
 
 def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
