@@ -83,18 +83,9 @@ def bn_lif(
         given.append((residual_bn, residual, 1 if residual.shape[0] > batch else time_steps))
     kernel = _kernel(chosen) if eager else None
     table, counts = table_of(given, group, kernel, functools.partial(_statistics, backend=chosen))
-    parameters = [parameter for module in norms for parameter in (module.weight, module.bias)]
+    parameters = *(parameter for module in norms for parameter in (module.weight, module.bias)), None, None
     call = _Call(
-        *(
-            y,
-            residual,
-            *learned,
-            *parameters,
-            *[None] * (4 - len(parameters)),
-            table,
-            *counts,
-            *[0] * (2 - len(counts)),
-        ),
+        *(y, residual, *learned, *parameters[:4], table, *(*counts, 0)[:2]),
         *(numbers, time_steps, static, return_membrane_input, _packed.wanted()),
     )
     if eager or group is not None:
