@@ -134,7 +134,11 @@ def _merge(
             tl.store(tracked, tl.load(tracked) + 1)
     if table is not None:
         spread = v + number(eps, STATE)
-        scale = divide(tl.full([1, BLOCK], 1.0, STATE), tl.sqrt(spread) if tl.float64 == STATE else tl.sqrt_rn(spread))
+        if tl.float64 == STATE:  # noqa: SIM108  Triton 3.2 compiles both sides of a conditional expression
+            root = tl.sqrt(spread)
+        else:
+            root = tl.sqrt_rn(spread)
+        scale = divide(tl.full([1, BLOCK], 1.0, STATE), root)
         row = table + c
         tl.store(row + (3 * norms + index) * C, scale, c < C)
         tl.store(row + (2 * norms + index) * C, m, c < C)
