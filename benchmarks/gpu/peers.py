@@ -67,28 +67,22 @@ def seal_loss(chosen) -> None:
 
 
 def steps(chosen) -> None:
-    """The published step, and its graph made fast around SpikingJelly's neurons."""
+    """The published step, and its networks made fast around SpikingJelly's neurons.
+
+    Launched one by one: neither can be captured in a CUDA graph, as the published loss waits for the GPU.
+    """
     torch.backends.cudnn.benchmark = True
     problem = problem_of(CASE)
     for name, (make, _) in chosen(training.CONTESTANTS):
         if name.startswith(("ours", "convolutions")):
             continue
-        facts = {"stage": "peers", "operator": "training", "case": CASE, "contestant": name}
-        step = None
-        with record.attempt(**facts, graph=False) as entry:
+        with record.attempt(stage="peers", operator="training", case=CASE, contestant=name) as entry:
             step = make(problem)
             entry.update(first_loss=step().item(), note=step.note)
             clock.forget()
-            _note_step(entry, problem, step)
-        with record.attempt(**facts, graph=True) as entry:  # what waits for the GPU cannot be captured
-            _note_step(entry, problem, clock.captured(step))
-        step = None  # its memory is not the next one's
-
-
-def _note_step(entry, problem, run) -> None:
-    entry.update(clock.step(run))
-    entry["images_s"] = len(problem.labels) / entry["ms"] * 1e3
-    entry["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
+            entry.update(clock.step(step))
+            entry["images_s"] = len(problem.labels) / entry["ms"] * 1e3
+            entry["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
 
 
 FIRST_ARGUMENTS = {"lif": lif, "bn_lif": bn_lif, "seal_loss": seal_loss, "training": steps}

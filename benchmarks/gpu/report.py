@@ -34,11 +34,7 @@ def entries(path: Path) -> list[dict]:
 
 def steps(found: list[dict]) -> Iterator[str]:
     """Training steps: rows of a table of what the run had, beside the published step if that was among it."""
-    peers = {
-        (entry["contestant"], entry.get("graph", False)): entry
-        for entry in found
-        if entry.get("operator") == "training" and "ms" in entry
-    }
+    peers = {entry["contestant"]: entry for entry in found if entry.get("operator") == "training" and "ms" in entry}
     own = {
         (entry["contestant"], entry["graph"], entry.get("packed", False)): entry
         for entry in found
@@ -46,12 +42,11 @@ def steps(found: list[dict]) -> Iterator[str]:
         and entry.get("precision") == "bf16"
         and entry.get("overlap", entry["graph"]) == entry["graph"]  # the default
     }
-    published, control = peers.get(("published, eager", False)), peers.get(("tuned control", False), {"note": ""})
+    published, control = peers.get("published, eager"), peers.get("tuned control", {"note": ""})
     floor = own["convolutions alone", True, False]
     rows = {
         "published formulation, eager float32": published,
         f"{control['note']}, the rest in bfloat16, channels_last": control if "ms" in control else None,
-        "the same as one CUDA graph": peers.get(("tuned control", True)),
         "seal-fast, bfloat16, launched one by one": own["ours auto", False, False],
         "seal-fast, bfloat16, as one CUDA graph (default)": own["ours auto", True, False],
         "seal-fast, the same with packed spikes": own["ours auto", True, True],
@@ -67,7 +62,7 @@ def steps(found: list[dict]) -> Iterator[str]:
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
     for name, entry in rows.items():
-        if entry is None:  # not in this run, or it cannot be captured
+        if entry is None:  # not in this run
             continue
         cells = [name, f"{entry['ms']:.2f} ms", f"{entry['images_s']:,.0f}"]
         cells += [f"{published['ms'] / entry['ms']:.2f}"] if published is not None else []

@@ -107,7 +107,7 @@ def test_six_training_steps_follow_the_published_trajectory():
 
 @pytest.mark.parametrize("backend", [name for name in ("cpu", "torch") if name in available("seal_loss")])
 def test_first_training_step_has_the_published_loss_in_float32(backend):
-    """Of networks in float64: in float32 a spike hangs on how a processor's convolution rounds, and 1.3 % of the loss."""
+    """Of networks in float64: in float32 a spike, and 1.3 % of the loss, hangs on how a processor convolves."""
     case = CASES["trajectory"]
     options = {"num_classes": case["num_classes"], "dtype": torch.float64}
     student = filled_student(case["student"], tau=1 / (1 - case["decay"]), **options)
