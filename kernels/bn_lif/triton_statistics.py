@@ -26,7 +26,7 @@ NARROW = 4
 STAGES = {"wide": 4, "narrow": 3}
 # Programs of _statistics and of _normalised_gradient for each multiprocessor. On an H200, in bfloat16, statistics of
 # [4, 256, 64, 32, 32] took 43 us with 2 to 6 and 49 with 16, of [4, 128, 512, 4, 4] 7 us with 4 and 21 with 16. The
-# gradient took 109 us with 12 where a channel is contiguous, and 97 with 16.
+# gradient took 109 us with 12 where a channel is contiguous, and 100 with 16.
 PROGRAMS = {"statistics": 4, "gradient": 16}
 COLUMNS = 8  # channels of which a program of _merge or _finish reads what others have left: a sector of the cache
 # Rows that it reads at once, and its warps: with few splits, and with many, whose loads have to be asked for together.
