@@ -134,7 +134,7 @@ def _merge(
             tl.store(tracked, tl.load(tracked) + 1)
     if table is not None:
         spread = v + number(eps, STATE)
-        if tl.float64 == STATE:  # noqa: SIM108  Triton 3.2 compiles both sides of a conditional expression
+        if spread.dtype == tl.float64:  # noqa: SIM108  Triton 3.2 compiles both sides of a conditional expression
             root = tl.sqrt(spread)
         else:
             root = tl.sqrt_rn(spread)

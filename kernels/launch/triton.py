@@ -124,7 +124,7 @@ def argument(value: float, dtype: torch.dtype) -> float | int:
 @triton.jit
 def number(value, STATE: tl.constexpr):
     """A number from `argument`, in the state's dtype."""
-    if tl.float64 == STATE:
+    if STATE == tl.float64:  # noqa: SIM300  to Triton 3.2 a dtype never equals a constexpr, but a constexpr a dtype
         value = tl.cast(tl.cast(value, tl.int64), tl.float64, bitcast=True)
     else:
         value = tl.cast(value, STATE)

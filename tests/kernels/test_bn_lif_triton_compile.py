@@ -157,6 +157,14 @@ def test_forward_rounds_each_operation_once(norms, layout):
     assert "FFMA" not in machine_code(forward)
 
 
+def test_float64_numbers_are_passed_as_their_bits():
+    """The interpreter compares dtypes in its own way: of kernels compiled for a GPU, none may convert an integer."""
+    y = rows(4, torch.float64, "contiguous")
+    kernels = compiled(90, y, options=replace(PUBLISHED, tau=1.7), residual=y)
+    for name in ("_forward", "_backward"):
+        assert "cvt.rn.f64.s64" not in kernels[name].asm["ptx"], name
+
+
 def test_bfloat16_is_rounded_to_nearest():
     """The interpreter's rounding is the tests' own, so that of the GPU is looked at here."""
     kernels = compiled(90, rows(4, torch.bfloat16, "contiguous"))
