@@ -173,7 +173,7 @@ class GraphedStep(Step):
         """
         self.optimizer.zero_grad(set_to_none=True)  # gradients get places that belong to the graph
         torch.cuda.synchronize(self.device)
-        _free_workspaces()
+        free_workspaces()
         # The thread that pins batches may go on meanwhile.
         try:
             graph = torch.cuda.CUDAGraph()
@@ -199,7 +199,7 @@ class GraphedStep(Step):
                 group["capturable"] = False
 
 
-def _free_workspaces() -> None:
+def free_workspaces() -> None:
     """Free what cuBLAS keeps for each thread and stream, 32 MiB each on Hopper: a capture gets its own in its pool.
 
     As torch.compile does before it captures. Nothing may run on the device meanwhile.

@@ -78,14 +78,6 @@ def forget() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def workspaces() -> float:
-    """MiB that cuBLAS kept for the threads and streams that it has met, now freed; no graph may need them again."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()  # where torch was built with CUDA
-    return (before - torch.cuda.memory_allocated()) / 2**20
-
-
 def _timed(run, seconds: float, launches: int, *, asleep: bool) -> dict[str, float]:
     seconds = record.seconds(seconds)
     for _ in range(WARM_UP if seconds else 0):

@@ -12,7 +12,7 @@ import torch
 
 from gpu import clock, record
 from seal_fast.models import folded
-from seal_fast.train.step import AMP_DTYPES, GraphedStep, Step
+from seal_fast.train.step import AMP_DTYPES, GraphedStep, Step, free_workspaces
 from seal_fast.train.tasks import DistillTask, parameter_groups
 from training import CASES, SGD, WEIGHT_DECAY, WEIGHTS, Problem, floor, make_student
 
@@ -71,7 +71,7 @@ def ours(problem: Problem, amp: str, variant: Variant) -> None:
     backend, *flags = variant
     facts = {"contestant": f"ours {backend}", "precision": amp, **dict(zip(Variant._fields[1:], flags, strict=True))}
     with record.attempt(stage="steps", case=CASE, **facts) as entry:
-        clock.workspaces()  # those of the streams of variants before
+        _workspaces()  # those of the streams of variants before
         clock.forget()
         entry["before_MiB"] = torch.cuda.memory_allocated() / 2**20  # the problem, and what variants before left behind
         step = make(problem, amp, variant)
@@ -89,7 +89,7 @@ def ours(problem: Problem, amp: str, variant: Variant) -> None:
             _account(entry, step, run)
         if not variant.packed and not record.rehearsing():
             entry["step_kernels"] = clock.kernels(run, calls=3)
-        entry["workspaces_MiB"] = clock.workspaces()
+        entry["workspaces_MiB"] = _workspaces()
 
 
 def convolutions(problem: Problem, amp: str) -> None:
@@ -108,6 +108,14 @@ def _note(entry: dict, problem: Problem, run) -> None:
     entry.update(clock.step(run, 0.5), tf32=torch.backends.cudnn.allow_tf32)
     entry["images_s"] = len(problem.labels) / entry["ms"] * 1e3
     entry["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
+
+
+def _workspaces() -> float:
+    """MiB that cuBLAS kept for the threads and streams that it has met, now freed; no graph may need them again."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    free_workspaces()
+    return (before - torch.cuda.memory_allocated()) / 2**20
 
 
 def _account(entry: dict, step: Step, run) -> None:

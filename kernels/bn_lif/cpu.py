@@ -54,7 +54,7 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fill_table(table: Tensor, index: int, y: Tensor, norm: Norm) -> None:
-    """Rows of the norm of this index of what it makes of y [N, C, ...]; its running statistics see y."""
+    """Write the table's rows of norm `index` for y [N, C, ...], and update the norm's running statistics."""
     y = dense(y)
     tensors = dict(zip(("weight", "bias", "running_mean", "running_var", "batches"), norm, strict=False))
     numbers = {"momentum": norm.momentum, "correction": norm.correction, "eps": norm.eps}

@@ -14,7 +14,6 @@ from ..launch.device import multiprocessors
 from ..lif.reference import state_dtype
 from ..neuron.cupy import passed
 from ..neuron.options import Options
-from . import norms
 from .norms import Norm
 from .tensors import BackwardOutputs, alike, backward_outputs, channels_of, dense, forward_outputs, inputs
 
@@ -52,26 +51,18 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fill_table(table: Tensor, index: int, y: Tensor, norm: Norm) -> None:
-    """Rows of the norm of this index of what it makes of y [N, C, ...]; its running statistics see y.
+    """Write the table's rows of norm `index` for y [N, C, ...], and update the norm's running statistics.
 
     The table is contiguous, as are the norm's tensors.
     """
     partials, inner, slices = None, 1, 0
-    running, correction = (norm.running_mean, norm.running_var, None), 1.0
     if norm.count:
         y = dense(y)
-        if y.numel() == 0:
-            norms.fill_table(table, index, norm, *statistics(y))
-            return
         partials, inner = _moments(y)
         slices = partials.shape[1]
-        running = (None, None, None)
-        if norm.num_batches_tracked is not None:
-            running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-            correction = norm.correction
     C = table.shape[1]
-    tensors = (y, partials, norm.weight, norm.bias, *running, None, None, table)
-    numbers = (float(norm.momentum), float(correction), float(norm.eps))
+    tensors = (y, partials, *norm[:5], None, None, table)
+    numbers = (float(norm.momentum), float(norm.correction), float(norm.eps))
     _start("fill_table", (NUMBERS[y.dtype],), C, (*tensors, C, inner, slices, len(table) // 4, index, *numbers), y)
 
 

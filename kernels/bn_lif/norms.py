@@ -4,8 +4,8 @@ Its rows are scale and shift of each norm in turn, then their means, then their 
 eps), all in the state's dtype: float32 for 16-bit y. A norm is y scale + shift, with scale = weight / sqrt(var + eps)
 and shift = bias - mean scale.
 
-A kernel that sums also makes what follows from the sums. The functions here do the same in torch, where sums of several
-ranks are merged or a graph is traced before there are any.
+The kernels that reduce y and its gradient also compute what follows from the sums. The functions here do the same in
+torch, where the sums of several ranks are merged, or where a graph is traced.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Norm(NamedTuple):
     bias: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
-    num_batches_tracked: Tensor | None  # int64 scalar, one more after the call; None: no running statistics to update
+    num_batches_tracked: Tensor | None  # int64 scalar; None where running statistics are not updated
     momentum: float  # of the running statistics
     eps: float
     count: int  # elements per channel that mean and variance are taken of; 0 where they are the running statistics
-    repeats: int  # how often each element occurs, to the running variance
+    repeats: int  # time steps that each element stands for, as the running variance counts them
 
     @property
     def correction(self) -> float:
@@ -61,20 +61,6 @@ def table_of(rows: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]) ->
     return torch.stack([*scaled, *means, *inverse_stds])
 
 
-def fill_table(table: Tensor, index: int, norm: Norm, mean: Tensor | None, variance: Tensor | None) -> None:
-    """Write the norm's rows of the table, and let its running statistics see mean and biased variance of a batch."""
-    if norm.count == 0:
-        mean, variance = norm.running_mean, norm.running_var
-    elif norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(variance * norm.correction, norm.momentum)
-    rows = table_of([(mean, torch.rsqrt(variance + norm.eps), norm.weight, norm.bias)])
-    k = len(table) // 4
-    for place, row in zip((2 * index, 2 * index + 1, 2 * k + index, 3 * k + index), rows, strict=True):
-        table[place].copy_(row)
-
-
 def coefficients_of(table: Tensor, sums: Tensor, counts: tuple[int | Tensor, ...]) -> Tensor:
     """[3k, C]: c0, c1 and c2 of the gradient c0 dm + c1 y + c2 that passes each norm.
 
@@ -92,9 +78,3 @@ def coefficients_of(table: Tensor, sums: Tensor, counts: tuple[int | Tensor, ...
             c1 = scale * inverse_std * inverse_std * sums[1 + i] / -count
             rows += [scale, c1, scale * sums[0] / -count - c1 * mean]
     return torch.stack(rows)
-
-
-def parameter_gradients_of(table: Tensor, sums: Tensor) -> Tensor:
-    """[2k, C]: gradients of weight and bias of each norm, from sums as in `coefficients_of`."""
-    each = [(inverse_std * own, sums[0]) for inverse_std, own in zip(inverse_stds(table), sums[1:], strict=True)]
-    return torch.stack([row for rows in each for row in rows])

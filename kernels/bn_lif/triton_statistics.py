@@ -274,7 +274,7 @@ def fill_table(
     y: Tensor,  # [N, C, ...]
     norm: Norm,
 ) -> None:
-    """Rows of the norm of this index, of what it makes of y; its running statistics see y."""
+    """Write the table's rows of norm `index` for y, and update the norm's running statistics."""
     _take(y, norm, (None, None, table), index, len(table) // 4)
 
 

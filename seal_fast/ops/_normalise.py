@@ -31,12 +31,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def table_of(
-    given: list[tuple[nn.Module, Tensor, int]],  # batch norms, what they are given [N, C, ...], and how often it occurs
+    given: list[tuple[nn.Module, Tensor, int]],  # a norm, its input [N, C, ...], time steps that each row stands for
     group: ProcessGroup | None,  # ranks that share the statistics, where they are several
     kernel: ModuleType | None,  # that can be launched directly; else the call is traced
     statistics,  # the registered operator: [N, C, ...] -> mean and biased variance [C]
 ) -> tuple[Tensor, tuple[int | Tensor, ...]]:
-    """The norms' table and counts, as in kernels/bn_lif/norms.py; their running statistics see the batch.
+    """The norms' table and counts, as in kernels/bn_lif/norms.py; updates their running statistics.
 
     Raises:
         ValueError: A norm in training has one element per channel, which has no variance.
@@ -82,7 +82,7 @@ def _norm_of(bn: nn.Module, y: Tensor, repeats: int, group: ProcessGroup | None)
 def _fits_kernels(norm: Norm, C: int, state: torch.dtype, device: torch.device) -> bool:
     """Whether kernels can take the norm's tensors where they lie, and its momentum, which is None for a mean of all.
 
-    Kernels do not look whether there is what they read and write: what torch would refuse, it has to see.
+    Kernels take addresses and check nothing: what does not fit goes to torch's operations, which raise if it is wrong.
     """
 
     def fits(tensor: Tensor | None, dtype: torch.dtype, size: int) -> bool:
