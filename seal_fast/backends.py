@@ -15,6 +15,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from .kernels import seal_loss
 from .kernels.launch import cpu, cupy
@@ -74,9 +75,12 @@ def resolve(
     """The backend that runs `operator` on tensors of `device`, `dtype` and T when the user asks for `backend`.
 
     Raises:
-        ValueError: The name is unknown, or names a backend that cannot run the call.
+        ValueError: The name is unknown, or names a backend that cannot run the call: within torch.func's transforms and
+            forward-mode AD that is any but "torch".
     """
     setting = os.environ.get("SEAL_FAST_BACKEND"), os.environ.get("TRITON_INTERPRET")
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _resolve_transformed(backend, operator, setting[0])
     find = _resolve if torch.compiler.is_compiling() else _resolve_once
     return find(backend, operator, device, dtype, time_steps, *setting, *_DEVICES.values())
 
@@ -102,6 +106,19 @@ def _resolve(backend, operator, device, dtype, time_steps, default, *_settings) 
 
 
 _resolve_once = functools.lru_cache(_resolve)
+
+
+def _resolve_transformed(backend, operator, default) -> str:
+    """Only torch's own operations can be transformed: they have a forward-mode derivative and a rule for vmap."""
+    check_name(backend)
+    if backend == "auto":
+        backend = check_name(default or "auto")
+    if backend not in ("auto", "torch"):
+        raise ValueError(
+            f"backend {backend!r} cannot run {operator} in a transform of torch.func, nor in forward-mode AD; 'torch' "
+            "can, and 'auto' takes it there."
+        )
+    return "torch"
 
 
 def shown(backend: str, operator: str) -> str:

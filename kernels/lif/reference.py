@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from ..surrogate.reference import Fire, Surrogate
+from ..surrogate.reference import Surrogate, fire
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,7 +45,7 @@ def lif(
     spikes = []
     for x_t in x.unbind(0):
         h = _charge(v, x_t.to(dtype), tau, decay, reset, decay_input)
-        s = Fire.apply(h - threshold, surrogate)
+        s = fire(h - threshold, surrogate)
         s_reset = s.detach() if detach_reset else s
         v = h - s_reset * threshold if v_reset is None else (1.0 - s_reset) * h + s_reset * reset
         spikes.append(s.to(x.dtype))

@@ -93,16 +93,24 @@ class Surrogate:
             object.__setattr__(self, "alpha", SURROGATES[self.name][0])
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, Real):
             raise TypeError(f"surrogate alpha must be a positive number; got {type(self.alpha).__name__}.")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+        if not 0 < self.alpha < math.inf:
             raise ValueError(f"surrogate alpha must be a positive number; got {self.alpha!r}.")
+        object.__setattr__(self, "alpha", float(self.alpha))
 
     def derivative(self, u: torch.Tensor) -> torch.Tensor:
         """σ'(u), element-wise; u is the membrane potential minus the threshold."""
         return SURROGATES[self.name][1](u, self.alpha)
 
 
+def fire(u: torch.Tensor, surrogate: Surrogate) -> torch.Tensor:
+    """s = 1 where u >= 0, else 0 (NaN gives 0), whose derivative is the surrogate's in every transform of torch.func."""
+    return (Fire if torch.compiler.is_compiling() else _ForwardModeFire).apply(u, surrogate)
+
+
 class Fire(torch.autograd.Function):
-    """s = 1 where u >= 0, else 0 (NaN gives 0); backward multiplies by the surrogate derivative."""
+    """The spike function; backward multiplies by the surrogate derivative."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(u: torch.Tensor, surrogate: Surrogate) -> torch.Tensor:  # noqa: D102
@@ -112,8 +120,18 @@ class Fire(torch.autograd.Function):
     def setup_context(ctx, inputs, output):  # noqa: D102
         u, ctx.surrogate = inputs
         ctx.save_for_backward(u)
+        ctx.save_for_forward(u)
 
     @staticmethod
     def backward(ctx, grad_spikes):  # noqa: D102
         (u,) = ctx.saved_tensors
         return grad_spikes * ctx.surrogate.derivative(u), None  # u, surrogate
+
+
+class _ForwardModeFire(Fire):
+    """Apart, because torch.compile takes no Function with a jvp of its own."""
+
+    @staticmethod
+    def jvp(ctx, tangent_u, _):
+        (u,) = ctx.saved_tensors
+        return tangent_u * ctx.surrogate.derivative(u)

@@ -28,6 +28,14 @@ def require_float_tensor(name: str, value: object, layout: str) -> None:
         raise TypeError(f"{name} must be a tensor {layout}; got {type(value).__name__}.")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {value.dtype}.")
+    require_dense(name, value)
+
+
+def require_dense(name: str, value: torch.Tensor) -> None:
+    """A tensor whose elements lie in memory at strides; neither sparse nor nested."""
+    if value.layout != torch.strided or value.is_nested:
+        layout = "a nested one" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, as {name}.to_dense() is; got {layout}.")
 
 
 def require_device(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
@@ -40,7 +48,7 @@ def require_number(name: str, value: object, *, above: float | None = None, at_l
     """A finite real number, within its bound."""
     is_number = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
     inside = is_number and (above is None or value > above) and (at_least is None or value >= at_least)
-    if inside and math.isfinite(value):
+    if inside and -math.inf < value < math.inf:  # math.isfinite is none of torch.compile's functions of a symbol
         return float(value)
     bound = f" above {above:g}" if above is not None else f" of at least {at_least:g}" if at_least is not None else ""
     if not is_number:
@@ -95,9 +103,9 @@ def neuron_options(
 ) -> dict:
     """The options of a LIF neuron as keyword arguments of the kernels, checked as far as can be without its input."""
     if not isinstance(tau, torch.Tensor) and not (tau == math.inf and decay_input is False):
-        require_number("tau", tau, at_least=1.0)
+        tau = require_number("tau", tau, at_least=1.0)
     if not isinstance(v_threshold, torch.Tensor):
-        require_number("v_threshold", v_threshold)
+        v_threshold = require_number("v_threshold", v_threshold)
     if v_reset is not None:
         v_reset = require_number("v_reset", v_reset)
     for name, value in (("decay_input", decay_input), ("detach_reset", detach_reset)):

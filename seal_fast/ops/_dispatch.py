@@ -15,11 +15,10 @@ _PLAIN = {type(None), Tensor, nn.Parameter, nn.Buffer}
 def is_eager(*tensors: Tensor | None) -> bool:
     """Whether a call can go the direct way, an autograd.Function.
 
-    torch.compile, torch.export, fake tensors and torch.func need the operator that is registered with torch.library;
-    each call of it costs about 0.1 ms on the host, as much as a small layer's kernel. A Function with setup_context
-    would cost a third of that.
+    torch.compile, torch.export and fake tensors need the operator that is registered with torch.library; each call of
+    it costs about 0.1 ms on the host, as much as a small layer's kernel.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return False
     return _PLAIN.issuperset(map(type, tensors))
 

@@ -204,7 +204,7 @@ class _Call(NamedTuple):
 
 _SCHEMA = (
     "Tensor y, Tensor? residual, Tensor? tau_tensor, Tensor? threshold_tensor, Tensor? weight, Tensor? bias, "
-    "Tensor? residual_weight, Tensor? residual_bias, Tensor table, int count, int residual_count, "
+    "Tensor? residual_weight, Tensor? residual_bias, Tensor table, SymInt count, SymInt residual_count, "
     f"{_neuron.SCHEMA}, int time_steps, bool static, bool keep_m, bool pack"
 )
 _TENSORS = 9  # the first of the arguments

@@ -75,7 +75,7 @@ def seal_loss(
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}.")
     chosen = resolve(backend, "seal_loss", logits.device, logits.dtype, T)
-    if labels.device.type == "cpu" and chosen != "cpu" and not torch.compiler.is_compiling():
+    if labels.device.type == "cpu" and chosen != "cpu" and _readable(labels):
         reference.require_classes(labels, K)  # that kernel looks at them itself
     if chosen == "torch":
         parts = reference.seal_loss(
@@ -131,6 +131,11 @@ def _require_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
     require_device("labels", labels, "logits", logits)
     if labels.shape != (B,):
         raise ValueError(f"labels must be [{B}] for logits {shape(logits)}; got {shape(labels)}.")
+
+
+def _readable(labels: torch.Tensor) -> bool:
+    """Whether their values are known now, and not those of a trace or of a vmap's samples."""
+    return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(labels)
 
 
 _kernel = functools.partial(kernel_module, "seal_loss")
