@@ -69,6 +69,11 @@ def check_name(backend: str) -> str:
     return backend
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is running, or forward-mode AD."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def resolve(
     backend: str, operator: str, device: torch.device, dtype: torch.dtype | None = None, time_steps: int = 1
 ) -> str:
@@ -79,7 +84,7 @@ def resolve(
             forward-mode AD that is any but "torch".
     """
     setting = os.environ.get("SEAL_FAST_BACKEND"), os.environ.get("TRITON_INTERPRET")
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed():
         return _resolve_transformed(backend, operator, setting[0])
     find = _resolve if torch.compiler.is_compiling() else _resolve_once
     return find(backend, operator, device, dtype, time_steps, *setting, *_DEVICES.values())

@@ -179,7 +179,7 @@ class SyncBatchNormOnCpu(nn.SyncBatchNorm):
 def synchronise(network: nn.Module, kind: type[nn.SyncBatchNorm]) -> None:
     """Let the batch norms of a network take their statistics over all ranks; parameters and buffers stay the same."""
     for name, child in network.named_children():
-        if type(child) is nn.BatchNorm2d:
+        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             settings = {key: getattr(child, key) for key in ("eps", "momentum", "affine", "track_running_stats")}
             over_ranks = kind(child.num_features, **settings)
             over_ranks._parameters, over_ranks._buffers = child._parameters, child._buffers

@@ -6,6 +6,8 @@
 #include "../launch/types.h"
 #include "../neuron/blocks.h"
 
+#include <cmath>
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -50,16 +52,17 @@ struct ByChannel {
 };
 
 // The mean of a channel's first elements, at most 16: distances from it keep their digits where the mean is far from 0.
+// It is rounded once, so that a constant channel has no distance; and 0 where an element is Inf or NaN.
 template <typename State, typename Number>
 State pivot(const NormArguments& a, int64_t channel) {
   const int64_t inner = a.C > 1 ? a.channel_stride : a.total, outer = a.total ? a.total / (a.C * inner) : 0;
   const int64_t across = std::clamp<int64_t>(inner, 1, 4), along = std::min(outer, 16 / across);
-  State sum = 0;
+  double sum = 0;
   for (int64_t row = 0; row < along; ++row) {
     const Number* y = static_cast<const Number*>(a.y) + (row * a.C + channel) * inner;
     for (int64_t i = 0; i < across; ++i) sum += load(y[i]);
   }
-  return sum / static_cast<State>(along * across);
+  return std::isfinite(sum) ? static_cast<State>(sum / double(along * across)) : State(0);
 }
 
 // Adds Σ (y - pivot) and Σ (y - pivot)² of each channel to sums [threads, 2, C]. Blocks whose elements have the same

@@ -103,7 +103,7 @@ class Surrogate:
 
 
 def fire(u: torch.Tensor, surrogate: Surrogate) -> torch.Tensor:
-    """s = 1 where u >= 0, else 0 (NaN gives 0), whose derivative is the surrogate's in every transform of torch.func."""
+    """1 where u >= 0, else 0 (NaN gives 0); its derivative is the surrogate's, in forward and in reverse mode."""
     return (Fire if torch.compiler.is_compiling() else _ForwardModeFire).apply(u, surrogate)
 
 

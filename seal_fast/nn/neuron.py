@@ -12,6 +12,8 @@ from ..backends import available, check_name, shown
 from ..kernels.lif.reference import state_dtype
 from ..kernels.surrogate.reference import Surrogate
 from ..ops._arguments import NEURON_OPTIONS, as_surrogate, neuron_options, require_float_tensor, require_number
+from ..ops._dispatch import is_exporting, left_by_vmap
+from .calls import Calls, is_backward
 from .state import MemoryModule
 
 
@@ -29,13 +31,12 @@ class BaseNode(MemoryModule):
         surrogate: The surrogate gradient in this library's terms.
     """
 
-    _calls = 0  # since the last reset
-    _before = None  # the potential before the last of them
-
     def __init__(
         self, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, backend, store_v_seq, surrogate
     ):
         super().__init__(step_mode)
+        if isinstance(backend, bool):  # SpikingJelly 2 has no backend, and store_v_seq in its place
+            backend, store_v_seq = "auto", backend
         if surrogate is not None:
             if surrogate_function is not None:
                 raise TypeError("surrogate and surrogate_function are two names of one argument; got both.")
@@ -120,9 +121,9 @@ class BaseNode(MemoryModule):
         """Spikes for one time step x [...]."""
         require_float_tensor("x", x, "[...]")
         steps = x.unsqueeze(0)
-        spikes, v = ops.lif(steps, v_init=self._start(steps), **self.options)
-        self._keep(v)
-        if self.store_v_seq:
+        spikes, v = self._run(steps, self._start(steps))
+        self._keep(v, spikes)
+        if self.store_v_seq and not self._is_function:
             v_seq = self.v_seq
             self.v_seq = v.unsqueeze(0) if v_seq is None else torch.cat((v_seq, v.unsqueeze(0)))
         return spikes.squeeze(0)
@@ -132,31 +133,44 @@ class BaseNode(MemoryModule):
         require_float_tensor("x", x, "[T, ...]")
         v = self._start(x)
         if not self.store_v_seq:
-            spikes, v = ops.lif(x, v_init=v, **self.options)
-            self._keep(v)
+            spikes, v = self._run(x, v)
+            self._keep(v, spikes)
             return spikes
         steps, potentials = [], []
         for x_t in x.unbind(0):
-            spikes, v = ops.lif(x_t.unsqueeze(0), v_init=v, **self.options)
+            spikes, v = self._run(x_t.unsqueeze(0), v)
             steps.append(spikes)
             potentials.append(v)
-        self._keep(v)
-        self.v_seq = torch.stack(potentials)
-        return torch.cat(steps)
+        spikes = torch.cat(steps)
+        self._keep(v, spikes)
+        if not self._is_function:
+            self.v_seq = torch.stack(potentials)
+        return spikes
 
     @property
     def at_rest(self) -> bool:
         """Whether the next call starts from the potential that `reset` gives."""
-        v = self._before_call()
+        v = self._calls.start(self._memories["v"], repeat=False) if self._replays() else self._memories["v"]
         return isinstance(v, float) and v == self._rest
+
+    def _run(self, x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Spikes of x [T, ...], and the potential after the last step."""
+        return ops.lif(x, v_init=v, **self.options)
 
     def _start(self, x: Tensor) -> Tensor | None:
         """The potential before the call with x [T, ...], for the operator."""
-        v = self._before_call()
+        v = self._memories["v"]
+        if self._replays():
+            v = self._calls.start(v, repeat=True)
         if isinstance(v, type):  # _Unknown, with which Dynamo of torch 2.6 cannot compare a float
             raise RuntimeError(_NOT_KEPT)
         if not isinstance(v, Tensor):
             return None if v == self._rest else x.new_full(x.shape[1:], v, dtype=state_dtype(x.dtype))
+        if left_by_vmap(v):
+            raise RuntimeError(
+                "v was left by a call within torch.func.vmap, which has ended: reset_net(network) before the next call "
+                "lets neurons start at rest."
+            )
         if v.shape != x.shape[1:]:
             raise ValueError(
                 f"x must have time steps of shape {list(v.shape)}, as the potential v that the last call left; got "
@@ -164,65 +178,70 @@ class BaseNode(MemoryModule):
             )
         return v
 
-    def _before_call(self) -> float | Tensor | type[_Unknown]:
-        if not self._calls or not self._replays():
-            return self._memories["v"]
-        if self._calls > 1:
-            raise RuntimeError(
-                "gradient checkpointing needs neurons that are called once between resets, as their calls start from "
-                f"different potentials; this {type(self).__name__} was called {self._calls} times. Step mode 'm' runs "
-                "all time steps in one call."
-            )
-        return self._before
+    @property
+    def _calls(self) -> Calls:
+        """Those that may be repeated."""
+        return self.__dict__.get("_recorded") or self.__dict__.setdefault("_recorded", Calls())
 
     def _replays(self) -> bool:
         """Whether the call is one that gradient checkpointing makes once more, while a backward pass is running."""
-        if torch.compiler.is_compiling() or self._is_function:
-            return False
-        return torch._C._current_graph_task_id() != -1
+        return not torch.compiler.is_compiling() and not self._is_function and is_backward()
 
-    def _keep(self, v: Tensor | type[_Unknown]) -> None:
-        """Let the next call start from v."""
-        if self._replays() or _exporting():
+    def _keep(self, v: Tensor | type[_Unknown], spikes: Tensor) -> None:
+        """Let the next call start from v, which the call that gave these spikes left."""
+        if is_exporting():
             return
         if not torch.compiler.is_compiling() and not self._is_function:
-            self._before, self._calls = self._memories["v"], self._calls + 1
+            if not is_backward():
+                self._calls.add(self._memories["v"], spikes)
+            elif not self._calls.given:
+                return
         self._memories["v"] = v
 
-    def mark_unknown(self) -> None:
-        """Let the neuron know of a call that did not come by here, and whose last potential is not known."""
-        self._keep(_Unknown)
+    def mark_unknown(self, spikes: Tensor) -> None:
+        """Record a call within a fused operator, which gave these spikes and whose last potential is not known."""
+        self._keep(_Unknown, spikes)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "v" and not torch.compiler.is_compiling() and is_backward():
+            self._calls.given = True
+        MemoryModule.__setattr__(self, name, value)
 
     def release(self) -> None:
         """Be an instance of the class that `convert` found, and of no other."""
         if self._memories["v"] is _Unknown:
             self._memories["v"] = self._memories_rv["v"]
         original = self._original
-        for name in ("_original", "_chosen_backend", "_before", "_calls"):
+        for name in ("_original", "_chosen_backend", "_recorded"):
             self.__dict__.pop(name, None)
         object.__setattr__(self, "__class__", original)
-
-    def _forget_calls(self) -> None:
-        if self._calls:
-            self._before, self._calls = None, 0
 
     def reset(self) -> None:
         """Forget the membrane potential: the next call starts at rest."""
         super().reset()
         self.v_seq = None
-        self._forget_calls()
+        self._end_calls()
 
     def detach(self) -> None:
         """Keep the potential, but cut its graph: for backpropagation through time in parts."""
         super().detach()
         if self.v_seq is not None:
             self.v_seq = self.v_seq.detach()
-        self._forget_calls()
+        self._end_calls()
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__.pop("_recorded", None)
+        return replica
+
+    def _end_calls(self) -> None:
+        if "_recorded" in self.__dict__:
+            self._calls.end()
 
     def __getstate__(self) -> dict:
         """Copies and pickles keep the potential, but not the graph that made it."""
         state = super().__getstate__()
-        state |= {"_before": None, "_calls": 0}
+        state.pop("_recorded", None)
         if isinstance(state.get("v_seq"), Tensor):
             state["v_seq"] = state["v_seq"].detach()
         return state
@@ -364,25 +383,11 @@ class ParametricLIFNode(BaseNode):
         return 1.0 / self.w.double().sigmoid()  # float32 would round it twice
 
     def extra_repr(self) -> str:  # noqa: D102
-        return f"tau={self.tau.item():g}, decay_input={self.decay_input}, {super().extra_repr()}"
+        tau = "unknown" if self.w.is_meta else f"{self.tau.item():g}"
+        return f"tau={tau}, decay_input={self.decay_input}, {super().extra_repr()}"
 
 
 _NOT_KEPT = (
     "v was not kept, because this neuron ran in one operator with the batch norm before it: call reset_net(network) "
     "before the next input, or use convert(network, fuse=False) where potentials are read or carried on."
 )
-
-
-def _exporting() -> bool:
-    """Whether torch.export is tracing; an exported program starts each call where this one does.
-
-    The flag behind `torch.compiler.is_exporting` is read, because Dynamo takes the function itself for True in every
-    torch.compile of some releases, torch 2.11 among them. torch 2.6 has neither and cannot be asked in strict mode:
-    there a reset after the export is needed.
-    """
-    compiler = torch.compiler
-    if hasattr(compiler, "_is_exporting_flag"):
-        return compiler._is_exporting_flag
-    if hasattr(compiler, "is_exporting"):
-        return compiler.is_exporting()
-    return compiler.is_compiling() and not compiler.is_dynamo_compiling()

@@ -32,3 +32,25 @@ def is_plain(tensor: Tensor | None) -> bool:
 def kernel_module(operator: str, backend: str) -> ModuleType:
     """The module of an operator's kernels on a backend, which loads what the backend needs."""
     return importlib.import_module(f"..kernels.{operator}.{backend}", __package__)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is tracing; an exported program starts each call where this one does.
+
+    The flag behind `torch.compiler.is_exporting` is read, because Dynamo takes the function itself for True in every
+    torch.compile of some releases, torch 2.11 among them. torch 2.6 has neither and cannot be asked in strict mode:
+    there a reset after the export is needed.
+    """
+    compiler = torch.compiler
+    if hasattr(compiler, "_is_exporting_flag"):
+        return compiler._is_exporting_flag
+    if hasattr(compiler, "is_exporting"):
+        return compiler.is_exporting()
+    return compiler.is_compiling() and not compiler.is_dynamo_compiling()
+
+
+def left_by_vmap(tensor: Tensor) -> bool:
+    """Whether the tensor holds the samples of a torch.func.vmap that has ended."""
+    if torch.compiler.is_compiling() or not torch._C._functorch.is_batchedtensor(tensor):
+        return False
+    return torch._C._functorch.maybe_get_level(tensor) > (torch._C._functorch.maybe_current_level() or 0)

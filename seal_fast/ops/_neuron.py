@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..kernels.neuron.options import Options
@@ -42,14 +43,17 @@ def options_of(tau_tensor, threshold_tensor, numbers: tuple) -> Options:
 
 def parameter_gradients(grad_threshold, grad_inverse_tau, tau: Tensor | None, threshold: Tensor | None) -> tuple:
     """Gradients of τ and θ from each neuron's part [B, C, ...] in those of 1/τ and θ."""
-    return (
-        None if tau is None else _summed_like(grad_inverse_tau, tau) / -(tau * tau),
-        None if threshold is None else _summed_like(grad_threshold, threshold),
-    )
+    grad_tau = grad_theta = None
+    if tau is not None:
+        wide = tau.to(torch.promote_types(tau.dtype, grad_inverse_tau.dtype))  # in float16 the square may overflow
+        grad_tau = (_summed_like(grad_inverse_tau, tau) / -(wide * wide)).to(tau.dtype)
+    if threshold is not None:
+        grad_theta = _summed_like(grad_threshold, threshold).to(threshold.dtype)
+    return grad_tau, grad_theta
 
 
 def _summed_like(parts: Tensor, parameter: Tensor) -> Tensor:
-    """Each neuron's part [B, C, ...] summed to the parameter's shape, a scalar or [C]."""
+    """Each neuron's part [B, C, ...] summed to the parameter's shape, a scalar or [C], in the dtype of the parts."""
     if parameter.dim() == 0 or parameter.shape[0] == 1:
-        return parts.sum().reshape(parameter.shape).to(parameter.dtype)
-    return parts.sum([axis for axis in range(parts.dim()) if axis != 1]).to(parameter.dtype)
+        return parts.sum().reshape(parameter.shape)
+    return parts.sum([axis for axis in range(parts.dim()) if axis != 1])

@@ -59,9 +59,11 @@ def table_of(
                     mean, variance, count = ranks.merged(mean, variance, count, group)
                 if norm.num_batches_tracked is not None:
                     update_running_statistics(bn, mean, variance, count * norm.repeats)
-            rows.append((mean, torch.rsqrt(variance + norm.eps), norm.weight, norm.bias))
+            inverse_std = torch.rsqrt(variance.to(state) + norm.eps)
+            affine = [None if parameter is None else parameter.to(state) for parameter in (norm.weight, norm.bias)]
+            rows.append((mean.to(state), inverse_std, *affine))
             counts.append(count)
-        return norms.table_of(rows).to(state), tuple(counts)
+        return norms.table_of(rows), tuple(counts)
 
 
 def _norm_of(bn: nn.Module, y: Tensor, repeats: int, group: ProcessGroup | None) -> Norm:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..backends import resolve
 from ..kernels.bn_lif import ranks, reference
@@ -103,6 +104,8 @@ def _check(y, bn, lif, time_steps, residual, residual_bn, static) -> int:
     for name, module in (("bn", bn), ("residual_bn", residual_bn)):
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) and (module is not None or name == "bn"):
             raise TypeError(f"{name} must be a BatchNorm or SyncBatchNorm module; got {type(module).__name__}.")
+        if isinstance(module, LazyModuleMixin):
+            raise TypeError(f"{name} must know its channels, as once it has been called; got {type(module).__name__}.")
     missing = [name for name in (*NEURON_OPTIONS, "backend") if not hasattr(lif, name)]
     if missing:
         raise TypeError(f"lif must be a LIFNode; got {type(lif).__name__}, which has no {missing[0]}.")
@@ -132,12 +135,14 @@ def _check(y, bn, lif, time_steps, residual, residual_bn, static) -> int:
 
 
 def _check_norm(name: str, bn: nn.Module, input_name: str, y: Tensor) -> None:
-    for tensor in (bn.weight, bn.running_mean):
-        if tensor is not None:
+    for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+        if tensor is None:
+            continue
+        if tensor.device != y.device:
             require_device(name, tensor, input_name, y)
-            if y.dtype != tensor.dtype and not (y.dtype.itemsize == 2 and tensor.dtype == torch.float32):
-                allowed = f"{input_name}'s dtype, {y.dtype}, or float32 for 16-bit {input_name}"
-                raise TypeError(f"{name} must be of {allowed}; got {tensor.dtype}.")
+        if y.dtype != tensor.dtype and not (y.dtype.itemsize == 2 and tensor.dtype == torch.float32):
+            allowed = f"{input_name}'s dtype, {y.dtype}, or float32 for 16-bit {input_name}"
+            raise TypeError(f"{name} must be of {allowed}; got {tensor.dtype}.")
 
 
 _kernel = functools.partial(kernel_module, "bn_lif")
@@ -300,27 +305,28 @@ def _(grad_spikes, grad_m, *arguments):
 
 
 def _save(ctx, flat, output):
-    ctx.save_for_backward(*flat[:_TENSORS])
+    """Keep what backward reads; of the norms' parameters it is in the table, and torch lets a bias change meanwhile."""
+    *tensors, weight, bias, residual_weight, residual_bias, table = flat[:_TENSORS]
+    ctx.save_for_backward(*tensors, table)
+    parameters = weight, bias, residual_weight, residual_bias
+    ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
     ctx.rest = flat[_TENSORS:]
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, needs, run, grad_spikes, grad_m):
-    call = _Call.parse((*ctx.saved_tensors, *ctx.rest))
+    *tensors, table = ctx.saved_tensors
+    call = _Call.parse((*tensors, *[None] * len(ctx.dtypes), table, *ctx.rest))
     if grad_spikes is None:
         rows = call.y.shape[0] * (call.time_steps if call.static else 1)
         grad_spikes = call.y.new_zeros(()).expand(rows, *call.y.shape[1:])
     grads = run(grad_spikes, grad_m if call.keep_m else None, *call.flat(), *needs)
     grad_y, grad_residual, grad_threshold, grad_inverse_tau, *of_parameters = grads
-    parameters = call.weight, call.bias, call.residual_weight, call.residual_bias
     return (
         grad_y if needs[0] else None,
         grad_residual if needs[1] else None,
         *_neuron.parameter_gradients(grad_threshold, grad_inverse_tau, call.tau, call.threshold),
-        *(
-            None if parameter is None else grad.to(parameter.dtype)
-            for parameter, grad in zip(parameters, of_parameters, strict=True)
-        ),
+        *(None if dtype is None else grad.to(dtype) for dtype, grad in zip(ctx.dtypes, of_parameters, strict=True)),
         *[None] * (len(ctx.rest) + 1),
     )
 

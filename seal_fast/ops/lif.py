@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..backends import resolve
+from ..backends import is_transformed, resolve
 from ..kernels.launch.layout import as_rows, empty_rows
 from ..kernels.lif import reference
 from ..kernels.packing.reference import bytes_of, pack
@@ -74,7 +74,7 @@ def lif(
             raise ValueError(f"v_init must have the shape of x[0], {list(x.shape[1:])}; got {shape(v_init)}.")
     chosen = resolve(backend, "lif", x.device)
     if chosen == "torch":
-        spikes, v_last = reference.lif(x, v_init=v_init, **options)
+        spikes, v_last = reference.lif(x, v_init=_carried(v_init), **options)
         outputs = spikes, v_last if return_v_last else None
         packed = pack(spikes.detach()) if return_packed or _packed.wanted() else None
         if _packed.wanted():
@@ -161,7 +161,10 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_spikes, grad_v_last, _):
-    x, v_init, tau_tensor, threshold_tensor = ctx.saved_tensors
+    try:
+        x, v_init, tau_tensor, threshold_tensor = ctx.saved_tensors
+    except RuntimeError as error:
+        raise RuntimeError(_explained(error)) from None
     if grad_spikes is None:
         grad_spikes = torch.zeros_like(x[:1]).expand_as(x)
     if not ctx.keep_v:
@@ -192,6 +195,51 @@ class _Eager(torch.autograd.Function):
         if not torch.is_grad_enabled():  # else the operator refuses to be differentiated again
             ctx.run = _run_backward
         return _backward(ctx, *grads)
+
+
+class _Carried(torch.autograd.Function):
+    """A potential that an earlier call left, whose graph may be gone when a backward pass comes to it."""
+
+    @staticmethod
+    def forward(ctx, v):
+        ctx.node = v.grad_fn
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx, grad_v):
+        try:
+            _read_saved(ctx.node)
+        except RuntimeError as error:
+            raise RuntimeError(_explained(error)) from None
+        return grad_v
+
+
+def _carried(v: Tensor | None) -> Tensor | None:
+    if v is None or v.grad_fn is None or not torch.is_grad_enabled():
+        return v
+    return v if torch.compiler.is_compiling() or is_transformed() else _Carried.apply(v)
+
+
+def _read_saved(node: torch.autograd.graph.Node, most: int = 32) -> None:
+    """Read what a graph's last nodes, `most` of them, saved; torch raises where a backward pass has freed it."""
+    nodes = [node]
+    for node in nodes:  # which grows
+        for name in dir(node):
+            if name == "saved_tensors" or name.startswith("_saved_"):
+                getattr(node, name)
+        nodes += [following for following, _ in node.next_functions if following and len(nodes) < most]
+
+
+def _explained(error: RuntimeError) -> str:
+    """The error of saved tensors, in a neuron's terms where it says that they are gone."""
+    if "second time" not in str(error):
+        return str(error)
+    return (
+        "backward came a second time to a call of spiking neurons, whose saved tensors the first pass has freed. Where "
+        "their potential was carried on from the call before, seal_fast.nn.reset_net(network) before each batch lets "
+        "them start at rest, and detach_net(network) keeps the potential without its graph; else pass "
+        "retain_graph=True to the first pass."
+    )
 
 
 def _refuse_second_derivative(ctx, *grads):
