@@ -2,8 +2,8 @@
 
 A checkpoint calls the network once more within the backward pass, when the neuron's potential is that after its last
 call, or after a reset or detach. So the neuron records where its calls started, as long as they can be repeated: a call
-whose output is in a graph, until that graph is gone; and one without a graph, as those under checkpoints with
-use_reentrant=True are, until the next one.
+whose output is in a graph, until that graph is gone; and one within the forward of an autograd.Function, as checkpoints
+with use_reentrant=True make it, until the next one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Calls:
     def __init__(self):
         self.given = False
         self._graphs: list[_Call] = []
-        self._last: _Call | None = None  # of those without a graph
+        self._last: _Call | None = None  # of those within a Function
 
     def add(self, start: float | Tensor, spikes: Tensor) -> None:
         """Record a call that started from the potential `start`."""
@@ -41,13 +41,13 @@ class Calls:
         if node is not None:
             alive = node.metadata.setdefault("seal_fast.nn.calls", _Alive())
             self._graphs.append(_Call(start, weakref.ref(alive)))
-        elif not torch.is_grad_enabled():
+        elif _within_function():
             earlier = self._last
             ambiguous = earlier is not None and not (earlier.repeated or earlier.ended)
             self._last = _Call(start, None, ambiguous and not _equal(earlier.start, start))
 
     def end(self) -> None:
-        """Record that the potential was reset, or its graph cut, so that later calls do not follow the earlier ones."""
+        """Record that the potential was reset: where others follow, no call within a Function is repeated any more."""
         if self._last is not None:
             self._last.ended = True
 
@@ -70,6 +70,11 @@ class Calls:
             raise RuntimeError(_AMBIGUOUS)
         found.repeated |= repeat
         return found.start
+
+
+def _within_function() -> bool:
+    """Whether the forward of an autograd.Function is running; unlike no_grad, it switches forward-mode AD off, too."""
+    return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 class _Call:

@@ -220,23 +220,19 @@ class BaseNode(MemoryModule):
         """Forget the membrane potential: the next call starts at rest."""
         super().reset()
         self.v_seq = None
-        self._end_calls()
+        if "_recorded" in self.__dict__:
+            self._calls.end()
 
     def detach(self) -> None:
         """Keep the potential, but cut its graph: for backpropagation through time in parts."""
         super().detach()
         if self.v_seq is not None:
             self.v_seq = self.v_seq.detach()
-        self._end_calls()
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
         replica.__dict__.pop("_recorded", None)
         return replica
-
-    def _end_calls(self) -> None:
-        if "_recorded" in self.__dict__:
-            self._calls.end()
 
     def __getstate__(self) -> dict:
         """Copies and pickles keep the potential, but not the graph that made it."""
