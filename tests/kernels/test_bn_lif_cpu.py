@@ -1,5 +1,6 @@
 """The native CPU kernels of batch norm + residual + LIF against torch operations."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -76,6 +77,28 @@ def test_statistics_and_the_normalised_gradient(shape, layout, dtype):
     compare_table(kernel, y, batch=False)
     compare_normalised_gradient(kernel, normal(shape, dtype, 1, layout), y)
     compare_normalised_gradient(kernel, normal(shape, dtype, 1, layout), None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [0.1, 1e30, 3.3e38])
+def test_a_constant_channel_has_no_variance(value, layout):
+    """Its mean of a few elements in float32 is another number, whose distance squared is infinite."""
+    y = normal((60, 3, 5, 5), torch.float32, 0, layout)
+    y[:, 1] = value
+    mean, variance = kernel.statistics(y)
+    assert mean[1] == y[0, 1, 0, 0]
+    assert variance[1] == 0
+
+
+@pytest.mark.parametrize("row", [0, 59])
+@pytest.mark.parametrize(("value", "expected"), [(math.inf, math.inf), (-math.inf, -math.inf), (math.nan, math.nan)])
+def test_the_mean_of_what_is_not_finite_is_torchs(value, expected, row):
+    y = normal((60, 3, 5, 5), torch.float32, 0)
+    y[row, 1, 0, 0] = value
+    mean, variance = kernel.statistics(y)
+    torch.testing.assert_close(mean[1], torch.tensor(expected), equal_nan=True)
+    assert variance[1].isnan()
+    assert mean[::2].isfinite().all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,5 +1,7 @@
 """The LIF operator's gradients against the closed-form backward pass, for every surrogate and every kind of neuron."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +139,30 @@ def test_a_tau_and_a_threshold_for_all_neurons_collect_every_gradient(shape):
     assert [gradient.shape for gradient in got] == [shape, shape]
     assert_close(got[0].reshape(1), expected_tau, "tau")
     assert_close(got[1].reshape(1), expected_threshold, "v_threshold")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_large_tau_in_16_bits_gets_its_gradient(dtype):
+    """300² is beyond float16."""
+    x, found = torch.full((6, 50), 3.0), []
+    for kind in (dtype, torch.float64):
+        tau = torch.tensor(300.0, dtype=kind, requires_grad=True)
+        lif(x.to(kind), tau=tau, v_threshold=0.05)[0].sum().backward()
+        found.append(tau.grad.item())
+    assert found[0] == pytest.approx(found[1], rel=2 * torch.finfo(dtype).eps)
+    assert found[1] < 0
+
+
+@pytest.mark.parametrize("v_reset", [0.0, None])
+@pytest.mark.parametrize("number", [np.float32(3), np.float64(3), np.int64(3), 3, Fraction(10, 3)], ids=str)
+def test_numbers_of_any_type_are_rounded_once(number, v_reset):
+    """NumPy divides 1 by a float32 in float32."""
+    x = torch.randn(8, 500, generator=torch.Generator().manual_seed(0)) * 2
+    options = {"decay_input": False, "v_reset": v_reset}
+    found = lif(x, tau=number, v_threshold=number, surrogate=Surrogate("atan", number), **options)
+    expected = lif(x, tau=float(number), v_threshold=float(number), **options)
+    for got, right in zip(found, expected, strict=True):
+        assert torch.equal(got, right)
 
 
 def test_a_surrogate_with_its_own_alpha_is_used():

@@ -39,6 +39,17 @@ def run_teacher(**options):
         return teacher(**({"arch": "resnet18", "num_classes": 10} | options))
 
 
+def of_dtypes(weight, rest):
+    """A batch norm whose bias and buffers are of another dtype than its weight."""
+    bn = nn.BatchNorm1d(3, dtype=rest)
+    bn.weight = nn.Parameter(bn.weight.to(weight))
+    return bn
+
+
+def nested(*shape):
+    return torch.nested.nested_tensor([torch.zeros(shape)])
+
+
 NEURON = [
     ({"tau": 0.5}, ValueError, r"tau must be a finite number of at least 1; got 0\.5"),
     ({"tau": float("nan")}, ValueError, r"tau must be a finite number"),
@@ -69,6 +80,9 @@ LIF = [
     ({"x": [1.0]}, TypeError, r"x must be a tensor \[T, \.\.\.\]; got list"),
     ({"x": X.long()}, TypeError, r"x must be float16, .*; got torch.int64"),
     ({"x": X.bool()}, TypeError, r"x must be float16, .*; got torch.bool"),
+    ({"x": X.to_sparse()}, TypeError, r"x must be a dense tensor, as x\.to_dense\(\) is; got torch\.sparse_coo"),
+    ({"x": nested(2, 3, 5)}, TypeError, r"x must be a dense tensor.*; got a nested one"),
+    ({"v_init": X[0].to_sparse()}, TypeError, r"v_init must be a dense tensor, as .*; got torch\.sparse_coo"),
     ({"x": torch.tensor(1.0)}, ValueError, r"x must be \[T, \.\.\.\] with at least one time step; got \[\]"),
     ({"x": X[:0]}, ValueError, r"x must be .* at least one time step; got \[0, 2, 3, 5\]"),
     ({"x": X[:, 0, 0], "tau": torch.ones(5)}, ValueError, r"tau must be a scalar; got \[5\]"),
@@ -87,6 +101,11 @@ BN_LIF = [
     ({"y": torch.zeros(0, 3, 5)}, ValueError, r"y must have T·B rows with T = 4 time steps; got \[0, 3, 5\]"),
     ({"bn": nn.GroupNorm(1, 3)}, TypeError, r"bn must be a BatchNorm or SyncBatchNorm module; got GroupNorm"),
     ({"bn": nn.BatchNorm1d(3, device="meta")}, ValueError, r"bn must be on the device of y, cpu; got meta"),
+    ({"bn": of_dtypes(torch.float16, torch.float32)}, TypeError, r"bn must be of y's dtype, .*; got torch.float16"),
+    ({"bn": of_dtypes(torch.float32, torch.float16)}, TypeError, r"bn must be of y's dtype, .*; got torch.float16"),
+    ({"bn": nn.LazyBatchNorm1d()}, TypeError, r"bn must know its channels, as once .* called; got LazyBatchNorm1d"),
+    ({"y": ROWS.to_sparse()}, TypeError, r"y must be a dense tensor, as .*; got torch\.sparse_coo"),
+    ({"residual": ROWS.to_sparse()}, TypeError, r"residual must be a dense tensor, as .*; got torch\.sparse_coo"),
     ({"node": nn.ReLU()}, TypeError, r"lif must be a LIFNode; got ReLU, which has no tau"),
     ({"node": LIFNode(backend="cupy")}, ValueError, r"backend 'cupy' cannot run bn_lif, because .+; .*torch can"),
     ({"node": LIFNode(tau=torch.ones(2))}, ValueError, r"tau must be .* \[3\], the channels of y .*; got \[2\]"),
@@ -103,6 +122,7 @@ LOGITS = [
     ({"logits": None}, TypeError, r"logits must be a tensor \[T, B, K\]; got NoneType"),
     ({"logits": X[:, 0].long()}, TypeError, r"logits must be float16, .*; got torch.int64"),
     ({"logits": X}, ValueError, r"logits must be \[T, B, K\] .*; got \[4, 2, 3, 5\]"),
+    ({"logits": X[:, 0].to_sparse()}, TypeError, r"logits must be a dense tensor, as .*; got torch\.sparse_coo"),
     ({"logits": X[0, 0]}, ValueError, r"logits must be \[T, B, K\] .*; got \[3, 5\]"),
     ({"logits": X[:0, 0]}, ValueError, r"logits must be \[T, B, K\] with T and B at least 1 .*; got \[0, 3, 5\]"),
     ({"logits": X[:, 0, :0]}, ValueError, r"logits must be .*; got \[4, 0, 5\]"),
@@ -112,6 +132,8 @@ LOGITS = [
 LOSS = [
     ({"teacher_logits": [0.0]}, TypeError, r"teacher_logits must be a tensor \[B, K\]; got list"),
     ({"teacher_logits": X[0, 0].int()}, TypeError, r"teacher_logits must be float16, .*; got torch.int32"),
+    ({"teacher_logits": X[0, 0].to_sparse()}, TypeError, r"teacher_logits must be a dense tensor, as .*; got torch\."),
+    ({"labels": LABELS.to_sparse()}, TypeError, r"labels must be a dense tensor, as .*; got torch\.sparse_coo"),
     ({"teacher_logits": X[0, 0].t()}, ValueError, r"teacher_logits must be \[3, 5\] for logits .*; got \[5, 3\]"),
     ({"teacher_logits": X[:, 0]}, ValueError, r"teacher_logits must be \[3, 5\] .*; got \[4, 3, 5\]"),
     (

@@ -1,5 +1,7 @@
 """What torch does around the operator `bn_lif`: registration, autocast, checkpoints, second derivatives, errors."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -62,6 +64,59 @@ def test_compiles_whole_with_equal_results(training):
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("static", [True, False])
+def test_an_exported_layer_takes_any_batch(static, training):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.lif = nn.BatchNorm1d(C), LIFNode(backend="cpu")
+
+        def forward(self, y):
+            return bn_lif(y if static else y.repeat(T, 1, 1), self.bn, self.lif, time_steps=T, static=static)
+
+    layer = Layer().train(training)
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    program = torch.export.export(copy.deepcopy(layer), (torch.randn(4, C, 5),), dynamic_shapes=shapes)
+    exported = program.module()
+    for batch in (2, 7):
+        y = torch.randn(batch, C, 5)
+        assert torch.equal(exported(y), layer(y))
+    assert torch.equal(exported.bn.running_var, layer.bn.running_var)
+
+
+def test_parameters_of_the_norm_may_change_before_the_backward_pass():
+    """Torch's batch norm needs its weight and not its bias; here, both are in a table."""
+    gradients = []
+    for changes in (False, True):
+        torch.manual_seed(0)
+        bn, y = nn.BatchNorm1d(C), leaf(T * B, C, 5)
+        spikes = bn_lif(y, bn, LIFNode(backend="cpu"), time_steps=T)
+        if changes:
+            with torch.no_grad():
+                bn.bias.add_(1)
+                bn.weight.mul_(2)
+        spikes.square().sum().backward()
+        gradients.append([y.grad, bn.weight.grad, bn.bias.grad])
+    for got, right in zip(*gradients, strict=True):
+        assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_in_bfloat16_computes_in_float32(training):
+    """In evaluation its scale and shift would be off by 0.06 in bfloat16, as torch's own output is by 0.016."""
+    torch.manual_seed(0)
+    bn = nn.BatchNorm1d(64).bfloat16().train(training)
+    for tensor, low, high in ((bn.running_mean, -2, 2), (bn.running_var, 0.5, 2), (bn.weight, -2, 2), (bn.bias, -2, 2)):
+        nn.init.uniform_(tensor, low, high)
+    y = torch.randn(80, 64, 5).bfloat16()
+    wide = copy.deepcopy(bn).double()
+    _, m = bn_lif(y, bn, LIFNode(backend="cpu"), time_steps=T, return_membrane_input=True)
+    expected = wide(y.double())
+    bound = expected.abs() * torch.finfo(torch.bfloat16).eps / 2 + 1e-6  # one rounding
+    assert ((m.double() - expected).abs() <= bound).all()
 
 
 def test_checkpointing_gives_the_same_gradient():

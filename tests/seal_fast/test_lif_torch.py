@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import seal_fast
 from seal_fast import lif, models
-from seal_fast.nn import LIFNode
+from seal_fast.nn import LIFNode, Surrogate
 
 GPU = torch.cuda.is_available()
 CASES = [
@@ -79,6 +79,24 @@ def test_an_export_between_compiled_calls_leaves_the_potential(strict):
     kept = node.v
     torch.export.export(node, (x,), strict=strict)
     assert node.v is kept
+
+
+@pytest.mark.parametrize(("backend", "device"), CASES, ids=lambda value: value)
+def test_numbers_and_sizes_may_be_symbols(backend, device):
+    def run(x, tau, threshold, reset, alpha):
+        surrogate = Surrogate("atan", alpha)
+        return lif(x, tau=tau, v_threshold=threshold, v_reset=reset, surrogate=surrogate, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (3, 4, 5):
+        numbers = 1.0 + size / 7, 0.5 + size / 9, -size / 10, size / 2
+        x = torch.randn(4, size, device=device, requires_grad=True)
+        found, expected = compiled(x, *numbers), run(x, *numbers)
+        for got, right in zip(found, expected, strict=True):
+            assert torch.equal(got, right)
+        gradients = [torch.autograd.grad(sum(map(torch.sum, outputs)), x)[0] for outputs in (found, expected)]
+        assert torch.equal(*gradients)
 
 
 def test_autocast_keeps_the_dtype_of_the_input(backend):

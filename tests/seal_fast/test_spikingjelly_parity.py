@@ -96,6 +96,36 @@ def test_constructors_take_the_same_arguments_in_the_same_places(kind):
     assert f"step_mode={theirs.step_mode}" in repr(node)
 
 
+@pytest.mark.parametrize("kind", ["IFNode", "LIFNode", "ParametricLIFNode"])
+def test_store_v_seq_may_stand_where_spikingjelly_2_has_it(kind):
+    time_constant = () if kind == "IFNode" else (3.0, False)
+    node = getattr(ours, kind)(*time_constant, 0.7, None, None, True, "m", True)
+    assert node.store_v_seq
+    assert node.backend == "auto"
+    node = getattr(ours, kind)(*time_constant, 0.7, None, None, True, "m", "torch", True)
+    assert node.store_v_seq
+    assert node.backend == "torch"
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+@pytest.mark.parametrize("kind", ["IFNode", "LIFNode", "ParametricLIFNode"])
+def test_a_functional_forward_leaves_nothing_on_the_module(kind, step_mode):
+    node = getattr(ours, kind)(store_v_seq=True, step_mode=step_mode)
+    x = normal(3, 4, seed=5)
+    (spikes,), (v,) = node.functional_forward((x,), (0.0,))
+    assert node.v == 0.0
+    assert node.v_seq is None
+    assert torch.equal(node(x), spikes)
+    assert torch.equal(node.v, v)
+
+
+def test_neurons_on_meta_have_a_text():
+    with torch.device("meta"):
+        nodes = [ours.IFNode(), ours.LIFNode(), ours.ParametricLIFNode()]
+    assert "tau=unknown" in repr(nodes[2])
+    assert [node(torch.empty(4, 3, device="meta")).device.type for node in nodes] == ["meta"] * 3
+
+
 @pytest.mark.parametrize("v_reset", [0.0, 0.25, None])
 @pytest.mark.parametrize("kind", ["IFNode", "LIFNode", "ParametricLIFNode"])
 def test_recorded_potentials_equal_spikingjellys(kind, v_reset):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import processes
@@ -127,6 +128,21 @@ def test_a_rank_killed_under_torchrun_is_started_again_and_the_run_ends_in_the_s
     # One rank prints.
     assert whole[1].lines() == []
     assert sum(line.startswith("epoch ") for line in whole[0].lines()) == 3
+
+
+@pytest.mark.parametrize("kind", [nn.SyncBatchNorm, ranks.SyncBatchNormOnCpu])
+def test_batch_norms_of_every_dimension_are_synchronised(kind):
+    def norms():
+        options = {"eps": 0.25, "momentum": None}
+        return [nn.BatchNorm1d(4, **options), nn.BatchNorm2d(4, **options), nn.BatchNorm3d(4, **options)]
+
+    network, others = nn.Sequential(*norms(), nn.Sequential(*norms())), norms()
+    ranks.synchronise(network, kind)
+    found = [*network[:3], *network[3]]
+    assert [type(module) for module in found] == [kind] * 6
+    assert {(module.eps, module.momentum) for module in found} == {(0.25, None)}
+    for module, other in zip(found, others * 2, strict=True):
+        assert module.state_dict().keys() == other.state_dict().keys()
 
 
 def test_one_gpu_is_no_device_for_several_ranks(monkeypatch):
