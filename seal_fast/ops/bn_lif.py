@@ -29,6 +29,8 @@ from ._dispatch import is_eager, kernel_module
 from ._normalise import can_fuse, table_of
 from .lif import lif as lif_operator
 
+_OPTIONS = (*NEURON_OPTIONS, "backend")
+
 
 def bn_lif(
     y: Tensor,
@@ -72,7 +74,7 @@ def bn_lif(
         steps, membrane_input = reference.membrane_input(
             y, bn, time_steps=time_steps, residual=residual, residual_bn=residual_bn, static=static
         )
-        options = {name: getattr(lif, name) for name in (*NEURON_OPTIONS, "backend")}
+        options = {name: getattr(lif, name) for name in _OPTIONS}
         spikes = lif_operator(steps, return_v_last=False, **options)[0].flatten(0, 1)
         return (spikes, membrane_input) if return_membrane_input else spikes
 
@@ -106,7 +108,7 @@ def _check(y, bn, lif, time_steps, residual, residual_bn, static) -> int:
             raise TypeError(f"{name} must be a BatchNorm or SyncBatchNorm module; got {type(module).__name__}.")
         if isinstance(module, LazyModuleMixin):
             raise TypeError(f"{name} must know its channels, as once it has been called; got {type(module).__name__}.")
-    missing = [name for name in (*NEURON_OPTIONS, "backend") if not hasattr(lif, name)]
+    missing = [name for name in _OPTIONS if not hasattr(lif, name)]
     if missing:
         raise TypeError(f"lif must be a LIFNode; got {type(lif).__name__}, which has no {missing[0]}.")
     require_integer("time_steps", time_steps, 1)
@@ -135,13 +137,13 @@ def _check(y, bn, lif, time_steps, residual, residual_bn, static) -> int:
 
 
 def _check_norm(name: str, bn: nn.Module, input_name: str, y: Tensor) -> None:
+    dtype, device = y.dtype, y.device
     for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
-        if tensor is None:
+        if tensor is None or (tensor.dtype is dtype and tensor.device == device):
             continue
-        if tensor.device != y.device:
-            require_device(name, tensor, input_name, y)
-        if y.dtype != tensor.dtype and not (y.dtype.itemsize == 2 and tensor.dtype == torch.float32):
-            allowed = f"{input_name}'s dtype, {y.dtype}, or float32 for 16-bit {input_name}"
+        require_device(name, tensor, input_name, y)
+        if tensor.dtype is not dtype and not (dtype.itemsize == 2 and tensor.dtype is torch.float32):
+            allowed = f"{input_name}'s dtype, {dtype}, or float32 for 16-bit {input_name}"
             raise TypeError(f"{name} must be of {allowed}; got {tensor.dtype}.")
 
 
