@@ -28,7 +28,7 @@ CAPABILITY = (9, 0)
 ARCHITECTURE = 90
 MEMORY = 1 << 30  # bytes that the GPU says are free: little, as it is the CPU's memory that a large test would fill
 ROOMS = ("lif", "bn_lif", "seal_loss", "packing")
-IN_PLACE = {"scale_", "normalised_gradient"}  # functions of the rooms that may overwrite their first argument
+IN_PLACE = {"scaled", "normalised_gradient"}  # functions of the rooms that may overwrite their first argument
 
 
 class _Device(TorchFunctionMode):

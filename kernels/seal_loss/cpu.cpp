@@ -6,6 +6,7 @@
 #include "../launch/export.h"
 #include "../launch/rows.h"
 #include "../launch/types.h"
+#include "gradient.h"
 #include "softmax.h"
 
 #include <cmath>
@@ -17,7 +18,7 @@ struct LossArguments {
   const void *logits, *teacher;    // [T, B, K]; [B, K] dense in the state's type
   const void* labels;              // [B] int64 or int32; null where the weights alone are asked for
   void* parts;                     // [4] in the state's type: loss, CE, ELA, STA
-  void* grad;                      // [T, B, K] dense in the logits' type
+  void* grad;                      // [T, B, K] dense in the gradient's type
   void *weights, *confidence;      // [B, T, T], [T, B] in the state's type
   int64_t T, B, K, stride_t, stride_b;
   double alpha, beta, temperature;
@@ -27,7 +28,8 @@ struct LossArguments {
 
 // As in cpu.py.
 struct ScaleArguments {
-  void* values;        // [count]
+  void* values;        // [count], multiplied in place unless there is
+  const void* wide;    // [count] in the gradient's type, where that is another one
   const void* factor;  // one number in the state's type
   int64_t count;
   int32_t dtype;
@@ -51,6 +53,7 @@ class Loss {
  public:
   typedef Vector<State> V;
   typedef Softmax<State> S;
+  typedef GradientOf<State, Number> Gradient;
   static constexpr int64_t kLanes = VectorOf<State>::kLanes;
 
   explicit Loss(LossArguments& arguments)
@@ -172,7 +175,7 @@ class Loss {
     if (ignored) {
       for (int part = 0; part < 3; ++part) samples[part * a.B + b] = 0;
       if (a.grad) {
-        for (int64_t t = 0; t < a.T; ++t) std::memset(grad_row(t, b), 0, a.K * sizeof(Number));
+        for (int64_t t = 0; t < a.T; ++t) std::memset(grad_row(t, b), 0, a.K * sizeof(Gradient));
       }
       return;
     }
@@ -366,27 +369,23 @@ class Loss {
     return softmax(row, max_of_lanes<State>(most), rows.once(Rows::TARGET_EXPS));
   }
 
-  Number* grad_row(int64_t t, int64_t b) const { return static_cast<Number*>(a.grad) + (t * a.B + b) * a.K; }
+  Gradient* grad_row(int64_t t, int64_t b) const { return static_cast<Gradient*>(a.grad) + (t * a.B + b) * a.K; }
 
-  void write_row(const State* row, Number* to) const {
+  void write_row(const State* row, Gradient* to) const {
     int64_t i = 0;
     for (; i + kLanes <= a.K; i += kLanes) store_vector(to + i, load_vector(row + i));
     for (; i < a.K; ++i) store(to[i], row[i]);
   }
 };
 
-template <typename State, typename Number>
-void scale(Types<State, Number>, const ScaleArguments& a) {
-  const State factor = *static_cast<const State*>(a.factor);
-  if (factor == 1) return;
-  Number* values = static_cast<Number*>(a.values);
-  for (int64_t i = 0; i < a.count; ++i) store(values[i], State(load(values[i])) * factor);
-}
-
 }  // namespace
 
 SEAL_EXPORT(seal_scale)(const ScaleArguments* arguments) {
-  return with_types(arguments->dtype, [&](auto types) { scale(types, *arguments); });
+  return with_types(arguments->dtype, [&](auto types) {
+    typedef typename decltype(types)::State State;
+    auto* values = static_cast<typename decltype(types)::Number*>(arguments->values);
+    scale(values, arguments->wide, *static_cast<const State*>(arguments->factor), arguments->count);
+  });
 }
 
 SEAL_EXPORT(seal_loss)(LossArguments* arguments) {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..launch.cpu import DTYPES, run
 from ..lif.reference import state_dtype
-from .reference import require_classes
+from .reference import gradient_dtype, require_classes
 
 OBJECTIVES = ("seal", "kd", "tdkd")  # in the order of cpu.cpp
 
@@ -32,7 +32,7 @@ class _Scaled(ctypes.Structure):
     """As ScaleArguments in cpu.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "factor")),
+        *((name, ctypes.c_void_p) for name in ("values", "wide", "factor")),
         ("count", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
     )
@@ -49,10 +49,12 @@ def forward(
     objective: str,
     gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss, ce, ela and sta [4] in the state's dtype; and the loss's gradient [T, B, K] in the dtype of the logits."""
+    """Loss, ce, ela and sta [4] in the state's dtype; and the loss's gradient [T, B, K] in gradient_dtype."""
     dtype = state_dtype(logits.dtype)
     parts = torch.empty(4, dtype=dtype)
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if gradient else None
+    grad = None
+    if gradient:
+        grad = torch.empty_like(logits, dtype=gradient_dtype(logits.dtype), memory_format=torch.contiguous_format)
     teacher_logits, labels = teacher_logits.to(dtype).contiguous(), labels.contiguous()
     read = (teacher_logits.data_ptr(), labels.data_ptr())
     written = (parts.data_ptr(), None if grad is None else grad.data_ptr(), None, None)
@@ -63,11 +65,15 @@ def forward(
     return parts, grad
 
 
-def scale_(grad: Tensor, factor: Tensor) -> None:
-    """Multiply a dense `grad` in place by a scalar tensor; nothing is read or written if that is 1."""
-    factor = factor.to(state_dtype(grad.dtype))
-    arguments = _Scaled(grad.data_ptr(), factor.data_ptr(), grad.numel(), DTYPES[grad.dtype])
-    run("seal_scale", arguments)
+def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A dense `grad` in gradient_dtype times a scalar tensor, in the dtype of the logits.
+
+    Where that is grad's own, it is multiplied in place, and neither read nor written if the factor is 1.
+    """
+    result = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+    factor, wide = factor.to(state_dtype(dtype)), None if result is grad else grad.data_ptr()
+    run("seal_scale", _Scaled(result.data_ptr(), wide, factor.data_ptr(), grad.numel(), DTYPES[dtype]))
+    return result
 
 
 def weights(logits: Tensor) -> tuple[Tensor, Tensor]:

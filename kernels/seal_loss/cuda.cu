@@ -6,13 +6,13 @@
 // teacher; 3. for its products with the other rows. Then all rows know all weights, and each is swept 4. for the
 // divergence from its target, and 5. for the gradient. KEPT says what of the sample is in shared memory meanwhile. The
 // last block to finish adds up the samples, in their order.
+#include "gradient.cuh"
 #include "sums.cuh"
 
 enum Objective { SEAL, KD, TDKD, WEIGHTS };  // the last gives the weights of SEAL and no loss
 // In shared memory: neither, so that the steps and their table are in a workspace; both of these; the logits as well.
 enum Kept { NOTHING, TABLE, SAMPLE };
 constexpr int PRODUCTS = 4;    // rows that a row is multiplied with at once
-constexpr int SCALE_THREADS = 256;
 constexpr int IGNORED = -100;  // a label
 
 struct alignas(16) Step {  // what the block knows of a time step
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
     const Teacher* __restrict__ teacher,   // [B, K]
     const Label* __restrict__ labels,      // [B]
     const int64_t* __restrict__ counted,   // how many samples are not ignored, or null: count them
-    Number* __restrict__ grad,             // with GRADIENT, [T, B, K] contiguous
+    typename GradientOf<Number>::type* __restrict__ grad,  // with GRADIENT, [T, B, K] contiguous
     float* partials,                       // [3, B]: ce, ela and sta of each sample, summed over T
     int* counter,                          // blocks that have finished; 0 before and after
     float* __restrict__ parts,             // loss, ce, ela, sta
@@ -316,7 +316,7 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
           gradient[i] = __fmaf_rn(power_of_two((target.at[i] - from_target.top) * rate), -of_target, gradient[i]);
         }
       }
-      Group<Number, VECTOR> out;
+      Group<typename GradientOf<Number>::type, VECTOR> out;
 #pragma unroll
       for (int i = 0; i < VECTOR; ++i) store(out.at[i], gradient[i]);
       write(grad + (t * B + b) * K + k, out);
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
   }
   if (!LOSS) return;
   if (GRADIENT && ignored) {
-    Group<Number, VECTOR> none;
+    Group<typename GradientOf<Number>::type, VECTOR> none;
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) store(none.at[i], 0.0f);
     for (int t = team; t < T; t += teams) {
@@ -372,22 +372,4 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
   parts[2] = ela;
   parts[3] = sta;
   *counter = 0;
-}
-
-// grad *= factor, without a write where that is 1.
-template <typename Number, int VECTOR>
-__global__ void __launch_bounds__(SCALE_THREADS) scale(
-    Number* __restrict__ grad,          // [size]
-    const float* __restrict__ factor,   // one number
-    int64_t size) {                     // a multiple of VECTOR
-  const float by = *factor;
-  if (by == 1.0f) return;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * SCALE_THREADS * VECTOR;
-  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * SCALE_THREADS + threadIdx.x) * VECTOR; i < size; i += stride) {
-    const Group<float, VECTOR> numbers = floats<VECTOR>(grad + i);
-    Group<Number, VECTOR> scaled;
-#pragma unroll
-    for (int j = 0; j < VECTOR; ++j) store(scaled.at[j], numbers.at[j] * by);
-    write(grad + i, scaled);
-  }
 }

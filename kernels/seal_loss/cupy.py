@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..launch.cupy import ACCESS, counter, launch, shared_memory, specialised
-from .reference import IGNORED
+from .reference import IGNORED, gradient_dtype
 
 SOURCE = Path(__file__).with_name("cuda.cu")
 OBJECTIVES = ("seal", "kd", "tdkd", "weights")  # as in cuda.cu
@@ -58,14 +58,16 @@ def forward(
     gradient: bool,
     keep: str | None = None,  # what of a sample is kept in shared memory, of KEPT; None: as much as fits
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss, ce, ela and sta as float32 [4]; if asked for, the gradient [T, B, K] of the loss in the logits' dtype.
+    """Loss, ce, ela and sta as float32 [4]; if asked for, the gradient [T, B, K] of the loss in gradient_dtype.
 
     A label that is neither a class nor -100 makes the loss NaN.
     """
     B, device = logits.shape[1], logits.device
     parts = torch.empty(4, dtype=torch.float32, device=device)
     partials = torch.empty(3 * B, dtype=torch.float32, device=device)
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if gradient else None
+    grad = None
+    if gradient:
+        grad = torch.empty_like(logits, dtype=gradient_dtype(logits.dtype), memory_format=torch.contiguous_format)
     # Blocks that all count all labels would read B² of them.
     counted = None if B <= COUNTED else (labels != IGNORED).sum()
     _launch(
@@ -87,22 +89,28 @@ def weights(logits: Tensor, *, keep: str | None = None) -> tuple[Tensor, Tensor]
     return weights, confidence
 
 
-def scale_(grad: Tensor, factor: Tensor) -> None:
-    """Multiply a contiguous gradient by a float32 number on its device; where that is 1, nothing is written."""
-    size = grad.numel()
+def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous gradient in gradient_dtype times a float32 number on its device, in the dtype of the logits.
+
+    Where that is grad's own, it is multiplied in place, and not written if the factor is 1.
+    """
+    size, in_place = grad.numel(), grad.dtype == dtype
+    result = grad if in_place else torch.empty_like(grad, dtype=dtype)
     if size:
-        kernel, blocks = _scaling(size, grad.dtype, grad.data_ptr() % ACCESS == 0)
-        arguments = (grad, factor, size)
+        kernel, blocks = _scaling(size, dtype, grad.data_ptr() % ACCESS == 0, in_place)
+        arguments = (grad, factor, size) if in_place else (grad, result, factor, size)
         launch(SOURCE, kernel, blocks, SCALE_THREADS, arguments, real=torch.float32, device=grad.device)
+    return result
 
 
 @functools.lru_cache(maxsize=1024)
-def _scaling(size: int, dtype: torch.dtype, aligned: bool) -> tuple[str, int]:
-    """The specialisation of `scale` and its blocks."""
+def _scaling(size: int, dtype: torch.dtype, aligned: bool, in_place: bool) -> tuple[str, int]:
+    """The specialisation of `scale` or `narrow`, for a result in `dtype`, and its blocks."""
     vector = ACCESS // dtype.itemsize
     if size % vector or not aligned:
         vector = 1
-    return specialised("scale", NUMBERS[dtype], vector), min(-(-size // (vector * SCALE_THREADS)), SCALE_BLOCKS)
+    name = "scale" if in_place else "narrow"
+    return specialised(name, NUMBERS[dtype], vector), min(-(-size // (vector * SCALE_THREADS)), SCALE_BLOCKS)
 
 
 def _launch(objective, logits, tensors, *, numbers, keep):

@@ -28,6 +28,15 @@ _LOG_EPS = 1e-8  # inside the logarithm of the confidence
 _NORM_EPS = 1e-12  # smallest norm in the cosine similarity
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which a kernel's forward pass leaves the loss's gradient to logits of `dtype`.
+
+    It is theirs, but float32 for float16, where entries below 3e-8 would be 0 before a GradScaler's factor, which comes
+    in the backward pass, could make them larger.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def require_classes(labels: torch.Tensor, K: int) -> None:
     """Raise ValueError for labels on the CPU that are none of K classes and not to be ignored."""
     low, high = (int(bound) for bound in torch.aminmax(labels))

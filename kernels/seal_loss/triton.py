@@ -253,12 +253,22 @@ def _seal_loss(
 
 @triton.jit(do_not_specialize=["N"])
 def _scale(values, factor, N, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    N = size(N, ALIGNED)
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
-        n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(values + n, n < N, other=0.0).to(tl.float32)
-        tl.store(values + n, (value * by).to(values.dtype.element_ty), n < N)
+        _multiply(values, values, by, N, ALIGNED, BLOCK)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _narrow(values, narrow, factor, N, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    _multiply(values, narrow, tl.load(factor).to(tl.float32), N, ALIGNED, BLOCK)
+
+
+@triton.jit
+def _multiply(values, to, by, N, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    N = size(N, ALIGNED)
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(values + n, n < N, other=0.0).to(tl.float32)
+    tl.store(to + n, (value * by).to(to.dtype.element_ty), n < N)
 
 
 def forward(
@@ -272,8 +282,11 @@ def forward(
     objective: str,
     gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss, ce, ela and sta as float32 [4]; and the gradient [T, B, K] of the loss to the logits, in their dtype."""
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if gradient else None
+    """Loss, ce, ela and sta as float32 [4]; and the gradient [T, B, K] of the loss to the logits, in gradient_dtype."""
+    grad = None
+    if gradient:
+        dtype = reference.gradient_dtype(logits.dtype)
+        grad = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
     parts = logits.new_empty(4, dtype=torch.float32)
     partials = logits.new_empty((3, min(logits.shape[1], MOST_PROGRAMS)), dtype=torch.float32)
     tensors = (teacher_logits, labels, grad, parts, partials, counter(logits.device), None, None)
@@ -290,20 +303,25 @@ def weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     return aligning, confidence
 
 
-def scale_(grad: Tensor, factor: Tensor) -> None:
-    """Multiply a contiguous grad in place by a number that its device holds; by 1, without touching grad."""
-    N, together = grad.numel(), ACCESS // grad.dtype.itemsize
+def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous grad in gradient_dtype times a number that its device holds, in the dtype of the logits.
+
+    Where that is grad's own, it is multiplied in place; by 1, without touching it.
+    """
+    N, together = grad.numel(), ACCESS // dtype.itemsize
+    result = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+    kernel, tensors = (_scale, (grad, factor)) if result is grad else (_narrow, (grad, result, factor))
     start(
-        _scale,
+        kernel,
         -(-N // SCALED),
-        grad,
-        factor,
+        *tensors,
         N,
         device=grad.device,
         num_warps=8,
         ALIGNED=together if N % together == 0 else 1,
         BLOCK=SCALED,
     )
+    return result
 
 
 def _launch(logits, tensors, numbers, objective):

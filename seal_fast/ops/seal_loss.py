@@ -165,7 +165,9 @@ def _run(logits, teacher_logits, labels, alpha, beta, temperature, objective, ba
 def _run_apart(*arguments):
     parts, grad = _run(*arguments)
     # Outputs of a registered operator are tensors that share no memory.
-    return *(part.clone() for part in parts), arguments[0].new_empty(0) if grad is None else grad
+    if grad is None:
+        grad = arguments[0].new_empty(0, dtype=reference.gradient_dtype(arguments[0].dtype))
+    return *(part.clone() for part in parts), grad
 
 
 def _without_gradient(*arguments):
@@ -181,7 +183,8 @@ _loss = torch.library.custom_op(
 @_loss.register_fake
 def _(logits, teacher_logits, labels, alpha, beta, temperature, objective, backend, gradient):
     dtype = state_dtype(logits.dtype)
-    grad = torch.empty(logits.shape if gradient else 0, dtype=logits.dtype, device=logits.device)
+    grad_dtype = reference.gradient_dtype(logits.dtype)
+    grad = torch.empty(logits.shape if gradient else 0, dtype=grad_dtype, device=logits.device)
     return *(logits.new_empty((), dtype=dtype) for _ in range(4)), grad
 
 
@@ -209,23 +212,23 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
-    *_, grad = ctx.saved_tensors
+    logits, *_, grad = ctx.saved_tensors
     if grad_loss is None:
         return (None,) * 9
-    return (grad * grad_loss).to(grad.dtype), *[None] * 8
+    return (grad * grad_loss).to(logits.dtype), *[None] * 8
 
 
 _loss.register_autograd(_backward, setup_context=_save)
 
 
 class _Eager(torch.autograd.Function):
-    """The operator without its registration: what forward stored is scaled in place, if there is anything to scale."""
+    """The operator without its registration: what forward stored is scaled in place where its dtype is the logits'."""
 
     @staticmethod
     def forward(ctx, logits, others):  # in a tuple, what needs no gradient takes less of the host's time
         (loss, *parts), ctx.grad = _run(logits, *others)
         ctx.save_for_backward(logits, *others[:2])
-        ctx.arguments = others[2:]
+        ctx.arguments, ctx.dtype = others[2:], logits.dtype
         # A view could not be changed in place, as `loss /= 2`; what is in the list is no output to autograd.
         return loss.data, parts
 
@@ -234,7 +237,7 @@ class _Eager(torch.autograd.Function):
         grad, ctx.grad = ctx.grad, None
         if grad is None:  # the graph was retained for another pass
             _, grad = _run(*ctx.saved_tensors, *ctx.arguments)
-        _kernel(ctx.arguments[-2]).scale_(grad, grad_loss)
+        grad = _kernel(ctx.arguments[-2]).scaled(grad, grad_loss, ctx.dtype)
         if torch.is_grad_enabled():
             grad = _Once.apply(ctx.saved_tensors[0], grad)
         return grad, None

@@ -27,6 +27,7 @@ from golden import CASES, arrays, tensor
 from seal_fast.kernels.launch import cupy as launcher
 from seal_fast.kernels.seal_loss import cupy as room
 from seal_fast.kernels.seal_loss import reference
+from small_gradients import FACTOR, check, inputs
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())
 
@@ -35,7 +36,8 @@ VALUE = 4e-6  # relative, or absolute below 1; measured 1.9e-6
 GRADIENT = 1e-6  # of the largest entry, besides the rounding to 16 bits; measured 2.8e-7
 WEIGHTS = 5e-7  # measured 1.5e-7
 SAME = [setup for setup in SETUPS if setup.objective == "seal" and setup.K in (4101, 100)][:2]
-SCALED = [(F32, 1000), (F32, 1003), (BF16, 1000), (F16, 77)]
+SCALED = [(F32, 1000), (F32, 1003), (BF16, 1000), (F16, 1000), (F16, 77)]
+SMALL = [(classes, objective) for classes in (37, 16) for objective in ("seal", "kd")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +57,9 @@ def kernels():
             for setup in SAME:
                 each_way(setup)
             for dtype, size in SCALED:
-                room.scale_(torch.zeros(size, dtype=dtype), torch.ones(()))
+                room.scaled(torch.zeros(size, dtype=reference.gradient_dtype(dtype)), torch.ones(()), dtype)
+            for classes, objective in SMALL:
+                scaled_gradient(inputs(K=classes), objective)
         yield
 
 
@@ -125,20 +129,35 @@ def each_way(setup):
 
 
 @pytest.mark.parametrize(("dtype", "size"), SCALED)
-def test_gradients_are_scaled_in_place(dtype, size):
-    for factor in (2.5, 0.0, -1.0, float("nan")):
-        grad = torch.randn(size).to(dtype)
-        right = (grad.float() * factor).to(dtype)
-        room.scale_(grad, torch.tensor(factor))
-        torch.testing.assert_close(grad, right, rtol=0, atol=0, equal_nan=True)
+def test_gradients_are_scaled_in_place_or_from_float32_to_float16(dtype, size):
+    for factor in (2.5, 0.0, 1.0, -1.0, 1e-6, float("nan")):
+        grad = torch.randn(size).to(reference.gradient_dtype(dtype))
+        before = grad.clone()
+        scaled = room.scaled(grad, torch.tensor(factor), dtype)
+        torch.testing.assert_close(scaled, (before.float() * factor).to(dtype), rtol=0, atol=0, equal_nan=True)
+        if dtype == F16:
+            assert torch.equal(grad, before)
+        else:
+            assert scaled is grad
+
+
+@pytest.mark.parametrize(("classes", "objective"), SMALL)
+def test_what_float16_cannot_hold_before_it_is_scaled_is_kept(classes, objective):
+    tensors = inputs(K=classes)
+    check(scaled_gradient(tensors, objective), tensors, objective)
+
+
+def scaled_gradient(tensors, objective):
+    _, grad = room.forward(*tensors, **PUBLISHED, objective=objective, gradient=True)
+    return room.scaled(grad, torch.tensor(FACTOR), F16)
 
 
 def test_a_factor_of_one_writes_nothing():
     """Multiplication would make this NaN a quiet one."""
     grad = torch.full((1000,), 0x7F81, dtype=torch.int16).view(BF16)
-    room.scale_(grad, torch.ones(()))
+    room.scaled(grad, torch.ones(()), BF16)
     assert (grad.view(torch.int16) == 0x7F81).all()
-    room.scale_(grad, torch.tensor(2.0))
+    room.scaled(grad, torch.tensor(2.0), BF16)
     assert (grad.view(torch.int16) == 0x7FC1).all()
 
 

@@ -15,6 +15,7 @@ from nvrtc import ARCHITECTURES, compiled, needs_cupy
 from seal_fast.backends import _KERNELS
 from seal_fast.kernels.launch import cupy as launcher
 from seal_fast.kernels.seal_loss import cupy as room
+from seal_fast.kernels.seal_loss import reference
 
 CUDA = torch.device("cuda", 1)
 
@@ -58,7 +59,8 @@ def test_kernels_compile_and_need_no_local_memory(arch, launches):
     for T in (4, 256):
         room.weights(torch.zeros(T, 2, 100))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        room.scale_(torch.zeros(1000, dtype=dtype), torch.ones(()))
+        for size in (1000, 1001):
+            room.scaled(torch.zeros(size, dtype=reference.gradient_dtype(dtype)), torch.ones(()), dtype)
     expressions = [expression for expression, *_ in launches]
     ptx, log = compiled(room.SOURCE, expressions, arch)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
@@ -111,7 +113,7 @@ def test_auto_prefers_the_kernel_with_more_resident_warps(shape, launches):
 
 
 @needs_cupy
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_are_read_and_written_16_bytes_at_once(dtype, launches):
     start(4, 2, 1000, dtype)
     ptx, _ = compiled(room.SOURCE, [launches[0][0]], "sm_90")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import small_gradients
 from graphs import captured
 from seal_fast import seal_loss, selective_alignment_weights
 from seal_fast.backends import available
@@ -53,6 +54,16 @@ def check(tensors, backend, objective):
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}[logits.dtype]
     error = (got_gradient.double() - gradient).abs().max().item()
     assert error <= tolerance * gradient.abs().max().item() + 1e-7
+
+
+@pytest.mark.parametrize("objective", small_gradients.OBJECTIVES)
+def test_what_float16_cannot_hold_before_it_is_scaled_is_kept(gpu_backend, objective):
+    tensors = small_gradients.inputs()
+    leaf, teacher_logits, labels = (tensor.cuda() for tensor in tensors)
+    options = {**small_gradients.PUBLISHED, "objective": objective, "backend": gpu_backend}
+    loss = seal_loss(leaf.requires_grad_(), teacher_logits, labels, **options).loss
+    (gradient,) = torch.autograd.grad(loss * small_gradients.FACTOR, leaf)
+    small_gradients.check(gradient.cpu(), tensors, objective)
 
 
 @pytest.mark.parametrize("objective", ["seal", "kd", "tdkd"])

@@ -8,4 +8,5 @@ from triton_process import interpret
 
 
 def test_values(tmp_path):
-    interpret(tmp_path, ["kernels/test_seal_loss_triton_values.py"], at_least=170)
+    files = [f"kernels/test_seal_loss_triton_{name}.py" for name in ("values", "gradients")]
+    interpret(tmp_path, files, at_least=170)

@@ -74,6 +74,13 @@ def test_16_bit_logits():
     assert "cvt.rz.bf16" not in compilation.asm["ptx"]
 
 
+def test_the_gradient_to_float16_logits_is_written_in_float32():
+    compilation = compiled(90, torch.zeros(4, 2, 1000, dtype=torch.float16))
+    assert registers(compilation)[1] == 0
+    assert access_bytes(compilation) == {2, 4, 8, 16}  # of 16-bit logits as above; of four gradients
+    assert "cvt.rn.f16" not in compilation.asm["ptx"]
+
+
 @pytest.mark.parametrize(("T", "K"), [(4, 100), (33, 100)])
 def test_weights(T, K):
     with compiling(90) as kernels:
@@ -128,14 +135,17 @@ def test_sizes_of_large_samples_do_not_compile_anew():
     assert len({id(compilation) for compilation in kernels}) == 1
 
 
-def test_a_gradient_of_any_size_is_scaled_by_one_kernel():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_gradient_of_any_size_is_scaled_by_one_kernel(dtype):
     with compiling(90) as kernels:
-        for size in (4, 1024, 40_000):
-            kernel.scale_(torch.zeros(size), torch.tensor(2.0))
-        kernel.scale_(torch.zeros(1023), torch.tensor(2.0))
+        for size in (8, 1024, 40_000):
+            kernel.scaled(torch.zeros(size), torch.tensor(2.0), dtype)
+        kernel.scaled(torch.zeros(1023), torch.tensor(2.0), dtype)
     assert len({id(compilation) for compilation in kernels}) == 2  # aligned, and not
     assert access_bytes(kernels[0]) == {4, 16}  # the factor, the gradient
     assert registers(kernels[0])[1] == 0
+    conversions = "cvt.rn.f16" in kernels[0].asm["ptx"]
+    assert conversions == (dtype == torch.float16)
 
 
 class Calls(TorchDispatchMode):

@@ -60,7 +60,7 @@ def run(logits, teacher_logits, labels, **options):
         )
     assert parts.dtype == torch.float32
     assert parts.shape == (4,)
-    assert gradient.dtype == logits.dtype
+    assert gradient.dtype == reference.gradient_dtype(logits.dtype)
     assert gradient.shape == logits.shape
     assert gradient.is_contiguous()
     return parts.cpu(), gradient.cpu()
@@ -381,13 +381,3 @@ def check_weights(logits):
         assert got.dtype == torch.float32
         assert got.shape == right.shape
         assert (got.cpu() - right).abs().max() <= WEIGHT
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("size", [(1,), (3, 1365), (4, 1024), (5000,)])
-def test_scaling_a_gradient(size, dtype):
-    grad = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for factor in (-2.5, 0.0, 1.0, math.inf):
-        scaled = grad.to(DEVICE, copy=True)
-        kernel.scale_(scaled, torch.tensor(factor, device=DEVICE))
-        assert torch.equal(scaled.cpu(), (grad.float() * factor).to(dtype))
