@@ -49,7 +49,8 @@ def lif(
         v_init: Membrane potential before the first step, shape of x[0]. None: v_reset, or 0 with soft reset.
         return_v_last: Whether v_last is wanted; else None takes its place, and it is not written.
         return_packed: Whether to return the spikes as bits as well.
-        backend: "auto", "triton", "cupy", "cpu" or "torch". Only "torch" can be differentiated twice.
+        backend: "auto", "triton", "cupy", "cpu" or "torch". Only "torch" can be differentiated twice, or transformed by
+            torch.func and forward-mode AD, where "auto" takes it.
 
     Returns:
         spikes: 0 or 1, with the shape, dtype and strides of x.

@@ -97,6 +97,28 @@ def test_checkpoints_recompute_from_where_the_call_started(fuse, use_reentrant):
         assert torch.equal(network.sn2.v, twin.sn2.v)
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_spikingjellys_checkpoints_run_without_fusion(chunks):
+    memopt = pytest.importorskip("spikingjelly.activation_based.memopt")
+    if not hasattr(memopt, "checkpoint_module"):
+        pytest.skip("this SpikingJelly has no memopt.checkpoint_module")
+    results = []
+    for fuse in (None, False, True):
+        network = block().double()
+        if fuse is not None:
+            seal_fast.convert(network, fuse=fuse)
+        wrapped = memopt.checkpoint_module(network, chunks=chunks)
+        if fuse:
+            with pytest.raises(RuntimeError, match=r"v was not kept.*convert\(network, fuse=False\)"):
+                wrapped(X.double())
+            continue
+        wrapped(X.double()).square().sum().backward()
+        results.append([parameter.grad for parameter in network.parameters()])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    assert any(gradient.abs().max() > 0 for gradient in results[0])
+
+
 def test_checkpoints_of_single_steps_are_refused_in_a_sentence():
     node = seal_fast.nn.LIFNode(step_mode="s")
     x = X.clone().requires_grad_()
