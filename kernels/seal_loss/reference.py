@@ -26,6 +26,8 @@ import torch
 IGNORED = -100  # the label that cross-entropy ignores
 _LOG_EPS = 1e-8  # inside the logarithm of the confidence
 _NORM_EPS = 1e-12  # smallest norm in the cosine similarity
+# Types of devices that have autocast; found out at import, as torch.compile of torch 2.11 cannot ask.
+_AUTOCAST = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "xla")))
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -105,7 +107,7 @@ def _compute(logits: torch.Tensor) -> torch.Tensor:
 def _full_precision(z: torch.Tensor):
     """Keeps autocast from lowering the precision of matrix products."""
     kind = z.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if kind in _AUTOCAST else contextlib.nullcontext()
 
 
 def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from seal_fast import seal_loss
+from seal_fast import seal_loss, selective_alignment_weights
+from seal_fast.backends import available
 from seal_fast.nn import SealLoss
 
 
@@ -23,6 +24,32 @@ def test_module_is_the_operator(objective):
     flat = SealLoss(0.4, 0.3, 2.0, objective, time_steps=4)
     assert flat(logits.flatten(0, 1), teacher_logits, labels) == expected
     assert flat(logits, teacher_logits, labels) == expected
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("backend", [name for name in available("seal_loss") if name in ("cpu", "torch")])
+def test_weights_may_change_between_compiled_calls(backend, dynamic):
+    """From the second value on, torch.compile gives the operator a symbol for the number."""
+    torch._dynamo.reset()
+    module, (logits, teacher_logits, labels) = SealLoss(backend=backend), inputs()
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for alpha in (0.6, 0.5, 0.4):
+        module.alpha, module.beta, module.temperature = alpha, alpha / 4, 2 + alpha
+        leaves = [logits.clone().requires_grad_() for _ in range(2)]
+        for call, leaf in zip((compiled, module), leaves, strict=True):
+            call(leaf, teacher_logits, labels).loss.backward()
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", [name for name in available("seal_loss") if name in ("cpu", "torch")])
+def test_the_weights_compile_whole_for_any_size(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(selective_alignment_weights, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (5, 6, 7):
+        logits = torch.randn(4, 3, size, generator=torch.Generator().manual_seed(size))
+        found = compiled(logits, backend=backend)
+        for got, right in zip(found, selective_alignment_weights(logits, backend=backend), strict=True):
+            torch.testing.assert_close(got, right)
 
 
 def test_plain_torch_models_on_both_sides_learn():
