@@ -53,7 +53,7 @@ def table_of(
     with torch.no_grad():
         for norm, (bn, y, _) in zip(found, given, strict=True):
             count, mean, variance = norm.count, norm.running_mean, norm.running_var
-            if count:
+            if count != 0:  # torch 2.6 takes a symbol for its present value where it is asked whether it is true
                 mean, variance = (kernel.statistics if kernel else statistics)(y.detach())
                 if group is not None:
                     mean, variance, count = ranks.merged(mean, variance, count, group)

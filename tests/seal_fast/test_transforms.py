@@ -175,6 +175,8 @@ def test_a_potential_that_vmap_left_is_named():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("operator", ["lif", "seal_loss"])
 def test_a_transform_within_a_compiled_function(operator, backend):
+    if operator == "lif" and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 cannot trace an autograd.Function within a transform")
     function, x = OPERATORS[operator]("auto")
     torch._dynamo.reset()
     compiled = torch.compile(torch.func.grad(function), fullgraph=True, backend=backend)
