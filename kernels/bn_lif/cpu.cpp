@@ -135,7 +135,7 @@ class BnLif {
         const State inverse_std = row[(3 * norms() + i) * a.C], total = sums[c], centred = sums[(1 + i) * a.C + c];
         const State negative = -static_cast<State>(i ? a.residual_count : a.count);
         const bool fixed = negative == 0;
-        const State of_y = fixed ? State(0) : scale * inverse_std * inverse_std * centred / negative;
+        const State of_y = fixed ? State(0) : scale * inverse_std * (inverse_std * centred) / negative;
         coefficients[3 * i * a.C + c] = scale;
         coefficients[(3 * i + 1) * a.C + c] = of_y;
         coefficients[(3 * i + 2) * a.C + c] = fixed ? State(0) : scale * total / negative - of_y * mean;

@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(THREADS) add_slices(
 #pragma unroll
   for (int i = 0; i < NORMS; ++i) {
     const Real own = static_cast<Real>(all.at[1 + i]), negative = static_cast<Real>(-(i ? residual_count : count));
-    const Real c1 = negative < 0 ? scale[i] * inverse_std[i] * inverse_std[i] * own / negative : Real(0);
+    const Real c1 = negative < 0 ? scale[i] * inverse_std[i] * (inverse_std[i] * own) / negative : Real(0);
     sums[(1 + i) * channels + channel] = own;
     coefficients[3 * i * channels + channel] = scale[i];
     coefficients[(3 * i + 1) * channels + channel] = c1;

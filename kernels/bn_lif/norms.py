@@ -75,6 +75,6 @@ def coefficients_of(table: Tensor, sums: Tensor, counts: tuple[int | Tensor, ...
         if isinstance(count, int) and count == 0:
             rows += [scale, torch.zeros_like(scale), torch.zeros_like(scale)]
         else:
-            c1 = scale * inverse_std * inverse_std * sums[1 + i] / -count
+            c1 = scale * inverse_std * (inverse_std * sums[1 + i]) / -count  # the cube of 1e-13 would be 0
             rows += [scale, c1, scale * sums[0] / -count - c1 * mean]
     return torch.stack(rows)

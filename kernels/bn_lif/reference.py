@@ -45,12 +45,12 @@ def batch_norm(y: torch.Tensor, bn: nn.Module, repeats: int = 1) -> torch.Tensor
         if updates:
             update_running_statistics(bn, mean, variance, repeats * count)
         return out
+    count = y.numel() // y.shape[1]
+    if repeats > 1 and count == 1 and (bn.training or bn.running_mean is None):  # torch refuses it: it sees every row
+        return _rows(y.repeat(repeats, *[1] * (y.dim() - 1)), bn)[: y.shape[0]]
     if repeats == 1 or not updates:
         return _rows(y, bn)
     bn._check_input_dim(y)
-    count = y.numel() // y.shape[1]
-    if count == 1:  # torch refuses it: let the module see every row
-        return _rows(y.repeat(repeats, *[1] * (y.dim() - 1)), bn)[: y.shape[0]]
 
     mean, variance = torch.zeros_like(bn.running_mean), torch.zeros_like(bn.running_var)
     out = F.batch_norm(y, mean, variance, bn.weight, bn.bias, training=True, momentum=1.0, eps=bn.eps)

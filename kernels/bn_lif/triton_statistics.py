@@ -216,7 +216,7 @@ def _finish_norm(
     scale = tl.load(table + 2 * INDEX * C + c, c < C, other=0.0)
     mean = tl.load(table + (2 * NORMS + INDEX) * C + c, c < C, other=0.0)
     inverse_std = tl.load(table + (3 * NORMS + INDEX) * C + c, c < C, other=0.0)
-    of_y = scale * inverse_std * inverse_std * centred / count
+    of_y = scale * inverse_std * (inverse_std * centred) / count
     constant = scale * total / count - of_y * mean
     tl.store(sums + (1 + INDEX) * C + c, centred, c < C)
     row = coefficients + 3 * INDEX * C + c

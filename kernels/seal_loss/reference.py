@@ -63,11 +63,13 @@ def seal_loss(
     labels = labels.long()
     valid = labels != IGNORED
     y = torch.where(valid, labels, 0)
+    # What is ignored may be NaN, and 0 · NaN in its gradient would be, too.
+    z, q = (torch.where(valid.unsqueeze(-1), values, 0.0) for values in (z, q))
 
     def mean(values: torch.Tensor) -> torch.Tensor:  # [T, B]
         return torch.where(valid, values, 0.0).sum() / (valid.sum() * values.shape[0])
 
-    ce = mean(torch.logsumexp(z, -1) - _at(z, y).squeeze(-1))
+    ce = mean(-_at(torch.log_softmax(z, -1), y).squeeze(-1))
     if objective == "seal":
         ela = mean(_error_aware(z, q, y, temperature))
         sta = mean(_divergence(_temporal_target(z), z, temperature)) if z.shape[0] > 1 else torch.zeros_like(ce)
@@ -95,7 +97,9 @@ def selective_alignment_weights(logits: torch.Tensor) -> tuple[torch.Tensor, tor
     scores = confidence.t().unsqueeze(1) * similarity  # scores[b, i, j] = c[j, b]·S[b, i, j]
     self_step = torch.eye(z.shape[0], dtype=torch.bool, device=z.device)
     # An empty softmax is NaN; where T = 1 there is no other step to weigh.
-    weights = torch.softmax(scores.masked_fill(self_step, -math.inf), -1) if z.shape[0] > 1 else scores * 0.0
+    weights = (
+        torch.softmax(scores.masked_fill(self_step, -math.inf), -1) if z.shape[0] > 1 else torch.zeros_like(scores)
+    )
     return weights, confidence
 
 
