@@ -4,7 +4,9 @@ The device code and the trainers live beside the library, not inside it, and are
 `seal_fast.train`: a top-level package called "kernels" would shadow the one that other libraries import.
 """
 
+import os
 import platform
+import runpy
 import sys
 from pathlib import Path
 
@@ -22,6 +24,8 @@ for name, folder in ROOMS.items():
     packages.append(name)
     packages.extend(f"{name}.{path.parent.name}" for path in sorted(Path(folder).glob("*/__init__.py")))
 
+sources = runpy.run_path("kernels/launch/sources.py")  # kernels/launch/cpu.py compares their digest as well
+
 # Instruction sets of the CPU kernels and the flags that choose them; the best one is picked when the library is loaded.
 # kernels/launch/cpu.py has the names in the same order. The baseline stays first: the linker keeps the first copy of
 # code that several of them instantiate from the standard library.
@@ -30,6 +34,8 @@ ISA = {"baseline": []}
 if X86_64 and sys.platform != "win32":
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     ISA |= {"avx2": ["-mavx2", "-mfma"], "avx512": avx512}
+if os.environ.get("SEAL_FAST_ISA"):  # names with commas between them: tests build one, which takes a third of the time
+    ISA = {name: ISA[name] for name in os.environ["SEAL_FAST_ISA"].split(",")}
 # No fused multiply-adds but where the source asks for one: spikes equal the reference bit for bit.
 if sys.platform == "win32":
     FLAGS, OPENMP = ["/std:c++17", "/O2", "/fp:precise"], ["/openmp:experimental"]
@@ -37,6 +43,7 @@ else:
     FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
     FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
     OPENMP = ["-fopenmp"]
+MORE = os.environ.get("SEAL_FAST_CXXFLAGS", "").split()  # of the compiler and the linker, after all others
 
 
 class BuildKernels(build_ext):
@@ -55,13 +62,13 @@ class BuildKernels(build_ext):
             objects += self.compiler.compile(
                 extension.sources,
                 output_dir=f"{self.build_temp}/{isa}",
-                macros=[("SEAL_ISA", isa)],
-                extra_postargs=[*FLAGS, *openmp, *flags],
+                macros=[("SEAL_ISA", isa), ("SEAL_SOURCES", f"{sources['digest'](Path('kernels')):#x}")],
+                extra_postargs=[*FLAGS, *openmp, *flags, *MORE],
                 depends=extension.depends,
             )
         path = self.get_ext_fullpath(extension.name)
         linked = [] if sys.platform == "win32" else openmp
-        self.compiler.link_shared_object(objects, path, extra_postargs=linked, target_lang="c++")
+        self.compiler.link_shared_object(objects, path, extra_postargs=[*linked, *MORE], target_lang="c++")
 
     def get_export_symbols(self, extension):
         """The kernels export themselves."""
@@ -103,7 +110,7 @@ setup(
         Extension(
             "seal_fast.kernels._cpu",
             sorted(str(path) for path in Path("kernels").glob("*/cpu.cpp")),
-            depends=sorted(str(path) for pattern in ("*/*.h", "*/*.cuh") for path in Path("kernels").glob(pattern)),
+            depends=[f"kernels/{name}" for name in sources["read"](Path("kernels"))],
             optional=True,  # without a compiler the torch reference serves
         )
     ],

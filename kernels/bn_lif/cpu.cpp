@@ -9,8 +9,8 @@
 #include "../neuron/blocks.h"
 #include "norm.h"
 
-// As in cpu.py. Null pointers stand for what is absent or not asked for.
-struct BnLifArguments {
+// Null pointers stand for what is absent or not asked for.
+SEAL_STRUCT(BnLifArguments,
   const void *y, *residual;                     // [T, N]
   void *spikes, *m;                             // [T, N]
   uint8_t* packed;                              // [T, ceil(N/8)]
@@ -24,14 +24,12 @@ struct BnLifArguments {
   int64_t count, residual_count;                // of the norms
   NeuronArguments neuron;
   int32_t dtype, normalised, threads;           // normalised: the residual has a norm of its own, and k is 2
-};
+)
 
 namespace {
 
 template <typename State>
 struct BnLifWork : NeuronWork<State> {
-  explicit BnLifWork(int64_t steps) : NeuronWork<State>(steps), m(steps) {}
-
   ByChannel<State, 4> scales;
   ByChannel<State, 2> means;
   std::vector<Block<State>> m;        // membrane input of each step
@@ -55,23 +53,23 @@ class BnLif {
   }
 
   void forward() const {
-    each_block([this](int64_t start, int64_t count, W& work) {
+    each_block(1, [this](int64_t start, int64_t count, W& work) {
       work.v.fill(neurons.reset);
       for (int64_t t = 0; t < a.T; ++t) {
         const B& m = membrane_input(start, count, t, work);
         if (a.m && (t == 0 || varies)) write(m, static_cast<Number*>(a.m) + t * a.m_stride, start, count, false);
-        neurons.charge_step(m.at, t, work);
+        neurons.charge_step(m.at, 0, work);
         BlockWriter<Number> spikes(static_cast<Number*>(a.spikes) + t * a.N + start, count, stream);
-        neurons.fire_step(t, work, spikes.block());
+        neurons.fire_step(0, work, spikes.block());
         spikes.finish();
-        if (a.packed) neurons.pack_step(t, work, count, a.packed + t * ((a.N + 7) / 8) + start / 8);
+        if (a.packed) neurons.pack_step(0, work, count, a.packed + t * ((a.N + 7) / 8) + start / 8);
       }
     });
   }
 
   void backward() const {
     std::vector<double> partials(a.threads * (norms() + 1) * a.C);
-    each_block([&](int64_t start, int64_t count, W& work) {
+    each_block(a.T, [&](int64_t start, int64_t count, W& work) {
       alignas(64) Number room[kBlock];
       work.v.fill(neurons.reset);
       for (int64_t t = 0; t < a.T; ++t) {
@@ -145,9 +143,13 @@ class BnLif {
     }
   }
 
+  // Calls action(start, count, work), which keeps `kept` steps, for each block.
   template <typename Action>
-  void each_block(Action action) const {
-    const auto prepare = [this](W& work) { neurons.prepare(work); };
+  void each_block(int64_t kept, Action action) const {
+    const auto prepare = [&](W& work) {
+      neurons.prepare(kept, work);
+      work.m.resize(place(kept - 1) + 1);
+    };
     const auto enter = [&](int64_t start, int64_t count, W& work) {
       neurons.enter_block(start, work);
       work.scales.enter(table(), 2 * norms(), of, start);

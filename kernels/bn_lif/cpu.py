@@ -2,53 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from ..launch.cpu import DTYPES, run
+from ..launch.cpu import DTYPES, run, structure
 from ..lif.reference import state_dtype
-from ..neuron.cpu import Neuron, describe
+from ..neuron.cpu import describe
 from ..neuron.options import Options
 from .norms import Norm
 from .tensors import BackwardOutputs, Inputs, alike, backward_outputs, channels_of, dense, forward_outputs, inputs
 
-
-class _Arguments(ctypes.Structure):
-    """As BnLifArguments in cpu.cpp."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *("y", "residual", "spikes", "m", "packed", "grad_spikes", "grad_m", "grad_steps", "grad_total"),
-                *("grad_threshold", "grad_inverse_tau", "table", "sums", "coefficients", "grad_norms"),
-            )
-        ),
-        *((name, ctypes.c_int64) for name in ("T", "N", "C", "channel_stride")),
-        *((name, ctypes.c_int64) for name in ("y_stride", "residual_stride", "m_stride", "count", "residual_count")),
-        ("neuron", Neuron),
-        *((name, ctypes.c_int32) for name in ("dtype", "normalised", "threads")),
-    )
-
-
-class _NormArguments(ctypes.Structure):
-    """As NormArguments in cpu.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("y", "grad", "out", "coefficients", "means", "variances")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "running_mean", "running_var", "batches", "table")),
-        *((name, ctypes.c_double) for name in ("momentum", "correction", "eps")),
-        *((name, ctypes.c_int64) for name in ("total", "C", "channel_stride", "index", "norms")),
-        *((name, ctypes.c_int32) for name in ("dtype", "threads")),
-    )
+_Arguments, _NormArguments = structure("BnLifArguments"), structure("NormArguments")
 
 
 def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] of y [N, C, ...], in the state's dtype."""
     y = dense(y)
-    means, variances = (torch.empty(y.shape[1], dtype=state_dtype(y.dtype)) for _ in range(2))
+    means, variances = (torch.empty(y.shape[1], dtype=state_dtype(y.dtype), device=y.device) for _ in range(2))
     _normalise("seal_bn_fill_table", y, {"y": y, "means": means, "variances": variances})
     return means, variances
 

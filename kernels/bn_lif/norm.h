@@ -12,8 +12,8 @@
 #include <omp.h>
 #endif
 
-// As in cpu.py: a norm's rows of the table, and the gradient that passes it.
-struct NormArguments {
+// A norm's rows of the table, and the gradient that passes it.
+SEAL_STRUCT(NormArguments,
   const void *y, *grad;               // [total]; y is null where the statistics are fixed
   void* out;                          // [total]
   const void* coefficients;           // [3, C], this and all that follows in the state's type
@@ -25,7 +25,7 @@ struct NormArguments {
   double momentum, correction, eps;   // correction: of the running variance
   int64_t total, C, channel_stride, index, norms;
   int32_t dtype, threads;
-};
+)
 
 namespace {  // of each instruction set's own code
 
@@ -70,7 +70,6 @@ State pivot(const NormArguments& a, int64_t channel) {
 template <typename State, typename Number>
 void sum_up(const NormArguments& a, const State* pivots, double* sums) {
   struct Work {
-    explicit Work(int64_t) {}
     ByChannel<State, 1> pivots;
     Block<State> sums[2];
     int64_t start = -1, count = 0, blocks = 0;
@@ -157,7 +156,6 @@ void fill_table(Types<State, Number>, const NormArguments& a) {
 template <typename State, typename Number>
 void normalised_gradient(Types<State, Number>, const NormArguments& a) {
   struct Work {
-    explicit Work(int64_t) {}
     ByChannel<State, 3> coefficients;
   };
   const Channels of{a.C, a.channel_stride};

@@ -1,5 +1,7 @@
-// Whether this processor runs the instruction set that this file was compiled for.
+// Whether this processor runs the instruction set that this file was compiled for, and what the library was built from.
 #include "export.h"
+
+#include <cstdint>
 
 SEAL_EXPORT(seal_cpu_runs)() {
 #if defined(__AVX512F__)
@@ -10,4 +12,10 @@ SEAL_EXPORT(seal_cpu_runs)() {
 #else
   return 1;
 #endif
+}
+
+// The digest of sources.py.
+SEAL_EXPORT(seal_cpu_sources)(uint64_t* digest) {
+  *digest = SEAL_SOURCES;
+  return 0;
 }

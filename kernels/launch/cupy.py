@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from .device import current_stream, is_current
+from .enumerations import known, parse
 
 # No fused multiply-adds and, as is NVRTC's default, IEEE division: spikes equal the reference bit for bit.
 OPTIONS = ("--std=c++17", "--fmad=false")
@@ -136,8 +137,21 @@ def _replace(file: Path, content: bytes) -> None:
 
 
 def specialised(kernel: str, *template: str | int | bool) -> str:
-    """The C++ expression that names a kernel's specialisation."""
-    return f"{kernel}<{', '.join(str(argument).lower() for argument in template)}>"
+    """The C++ expression that names a kernel's specialisation; a str is C++ as it stands."""
+    words = (str(argument).lower() if isinstance(argument, bool) else str(argument) for argument in template)
+    return f"{kernel}<{', '.join(words)}>"
+
+
+@functools.cache
+def enumerator(path: Path, enumeration: str, name: str) -> str:
+    """What C++ calls `name` of the enumeration in the text of `path`.
+
+    Raises:
+        ValueError: The enumeration does not have it.
+    """
+    text = re.sub("//.*", "", source(path))
+    (names,) = re.findall(rf"SEAL_ENUM\({enumeration},([^)]*)\)", text)
+    return known(name, enumeration, parse(names), "cupy").upper()
 
 
 def together(neighbours: int, tensors: Iterable[torch.Tensor | None], strides: Iterable[int] = ()) -> bool:

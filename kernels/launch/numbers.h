@@ -26,6 +26,11 @@ typedef long long int64_t;
 #define SEAL_FN static SEAL_INLINE
 #endif
 
+// An enumeration whose names launchers pass: launch/cupy.py reads them here, and export.h has native code tell them.
+#ifndef SEAL_ENUM
+#define SEAL_ENUM(name, ...) enum name { __VA_ARGS__ };
+#endif
+
 // Storage of 16-bit numbers; arithmetic on them is in float.
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };

@@ -1,6 +1,8 @@
 // How a call's blocks are shared out among threads, and whether what they write stays in the caches.
 #pragma once
 
+#include "status.h"
+
 #include "vector.h"
 
 namespace {  // of each instruction set's own code
@@ -19,23 +21,26 @@ bool streams(const void* to, int64_t T, int64_t N) {
 }
 
 // Calls action(start, count, work) for each block of N numbers, each of which takes `steps` numbers' time. A thread
-// takes one run of neighbours, with a Work(steps) of its own that `prepare` is called for first and `finish` at last.
+// takes one run of neighbours, with a Work of its own that `prepare` is called for first, which may throw where memory
+// is short, and `finish` at last.
 template <typename Work, typename Prepare, typename Action, typename Finish>
 void each_block_of(int64_t N, int64_t steps, int threads, Prepare prepare, Action action, Finish finish) {
   const int64_t blocks = (N + kBlock - 1) / kBlock;
-  threads = int(std::clamp<int64_t>(steps * N / kGrain, 1, threads));
+  threads = int(std::clamp<int64_t>(std::min(steps * N / kGrain, blocks), 1, threads));
+  Memory memory;
 #pragma omp parallel num_threads(threads)
   {
-    Work work(steps);
-    prepare(work);
+    Work work;
+    const bool ready = memory.got([&] { prepare(work); });
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t start = block * kBlock;
-      action(start, std::min<int64_t>(kBlock, N - start), work);
+      if (ready) action(start, std::min<int64_t>(kBlock, N - start), work);
     }
-    finish(work);
+    if (ready) finish(work);
     finish_streams();
   }
+  memory.check();
 }
 
 }  // namespace

@@ -1,7 +1,11 @@
-// The types of a tensor's numbers and of the arithmetic on them, by the number that cpu.py has for its dtype.
+// The types of a tensor's numbers and of the arithmetic on them, by dtype.
 #pragma once
 
+#include "status.h"
+
 #include "numbers.h"
+
+SEAL_ENUM(Dtype, FLOAT32, BFLOAT16, FLOAT16, FLOAT64)
 
 namespace {  // of each instruction set's own code
 
@@ -11,16 +15,18 @@ struct Types {
   typedef NumberType Number;  // in memory
 };
 
-// Calls action(Types<State, Number>{}); returns 0, or 1 where there is no such dtype.
+// Calls action(Types<State, Number>{}) and returns how it ended.
 template <typename Action>
 int with_types(int32_t dtype, Action action) {
-  switch (dtype) {
-    case 0: action(Types<float, float>{}); return 0;
-    case 1: action(Types<float, bfloat16>{}); return 0;
-    case 2: action(Types<float, float16>{}); return 0;
-    case 3: action(Types<double, double>{}); return 0;
-    default: return 1;
-  }
+  return status_of([&] {
+    switch (dtype) {
+      case FLOAT32: return action(Types<float, float>{});
+      case BFLOAT16: return action(Types<float, bfloat16>{});
+      case FLOAT16: return action(Types<float, float16>{});
+      case FLOAT64: return action(Types<double, double>{});
+      default: throw NoCode();
+    }
+  });
 }
 
 }  // namespace

@@ -9,8 +9,8 @@
 #include "../launch/types.h"
 #include "../neuron/blocks.h"
 
-// As in cpu.py. Null pointers stand for what is absent or not asked for.
-struct LifArguments {
+// Null pointers stand for what is absent or not asked for.
+SEAL_STRUCT(LifArguments,
   const void *x, *v_init;                   // [T, N], [N] in the state's type
   void *spikes, *v_last;                    // [T, N], [N] in the state's type
   uint8_t* packed;                          // [T, ceil(N/8)]
@@ -20,7 +20,7 @@ struct LifArguments {
   int64_t T, N, x_stride, grad_stride;      // strides of x and grad_spikes along T, in elements; 0 repeats one row
   NeuronArguments neuron;
   int32_t dtype, threads;
-};
+)
 
 namespace {
 
@@ -35,22 +35,22 @@ class Lif {
   }
 
   void forward() const {
-    each_block([this](int64_t start, int64_t count, W& work) {
+    each_block(1, [this](int64_t start, int64_t count, W& work) {
       alignas(64) Number room[kBlock];
       begin(start, count, work.v);
       for (int64_t t = 0; t < a.T; ++t) {
-        neurons.charge_step(whole_block(row_of_x(t) + start, count, room), t, work);
+        neurons.charge_step(whole_block(row_of_x(t) + start, count, room), 0, work);
         BlockWriter<Number> spikes(static_cast<Number*>(a.spikes) + t * a.N + start, count, stream);
-        neurons.fire_step(t, work, spikes.block());
+        neurons.fire_step(0, work, spikes.block());
         spikes.finish();
-        if (a.packed) neurons.pack_step(t, work, count, a.packed + t * ((a.N + 7) / 8) + start / 8);
+        if (a.packed) neurons.pack_step(0, work, count, a.packed + t * ((a.N + 7) / 8) + start / 8);
       }
       end(a.v_last, start, count, work.v);
     });
   }
 
   void backward() const {
-    each_block([this](int64_t start, int64_t count, W& work) {
+    each_block(a.T, [this](int64_t start, int64_t count, W& work) {
       alignas(64) Number room[2][kBlock];
       begin(start, count, work.v);
       for (int64_t t = 0; t < a.T; ++t) {
@@ -81,10 +81,10 @@ class Lif {
   const Neurons<State, Number, Number, PER_CHANNEL, true> neurons;
   bool stream;  // whether rows are written past the cache
 
-  // Calls action(start, count, work) for each block, each thread taking one run of neighbours.
+  // Calls action(start, count, work), which keeps `kept` steps, for each block; a thread takes one run of neighbours.
   template <typename Action>
-  void each_block(Action action) const {
-    const auto prepare = [this](W& work) { neurons.prepare(work); };
+  void each_block(int64_t kept, Action action) const {
+    const auto prepare = [&](W& work) { neurons.prepare(kept, work); };
     const auto enter = [&](int64_t start, int64_t count, W& work) {
       neurons.enter_block(start, work);
       action(start, count, work);

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
-from ..launch.cpu import DTYPES, run
-from ..neuron.cpu import Neuron, describe
+from ..launch.cpu import DTYPES, run, structure
+from ..neuron.cpu import describe
 from ..neuron.options import Options
 from .reference import state_dtype
 from .tensors import BackwardTensors, ForwardTensors, backward_tensors, forward_tensors
 
-
-class _Arguments(ctypes.Structure):
-    """As LifArguments in cpu.cpp."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *("x", "v_init", "spikes", "v_last", "packed", "grad_spikes", "grad_v_last", "grad_x", "grad_v_init"),
-                *("grad_threshold", "grad_inverse_tau"),
-            )
-        ),
-        *((name, ctypes.c_int64) for name in ("T", "N", "x_stride", "grad_stride")),
-        ("neuron", Neuron),
-        *((name, ctypes.c_int32) for name in ("dtype", "threads")),
-    )
+_Arguments = structure("LifArguments")
 
 
 def forward(

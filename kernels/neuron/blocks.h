@@ -3,33 +3,34 @@
 // What varies between kinds of neurons is chosen once a call, outside of the loops over a block.
 #pragma once
 
+#include "../launch/export.h"
 #include "../launch/channels.h"
+#include "../launch/status.h"
 #include "../surrogate/surrogate.cuh"
 #include "neuron.cuh"
 
 #include <vector>
 
-namespace {  // of each instruction set's own code
-
-// As in cpu.py.
-struct NeuronArguments {
+SEAL_STRUCT(NeuronArguments,
   const void* constants;  // [4, channels] in the state's type: τ, 1/τ, 1 - 1/τ and threshold
   int64_t channels, channel_stride;
   double reset, alpha;
-  int32_t charge, soft, detach, decay_input, surrogate;
-};
+  int32_t charge, soft, detach, decay_input, surrogate;  // charge is a ChargeKind, surrogate a SurrogateKind
+)
+
+namespace {  // of each instruction set's own code
 
 // What a thread keeps while it takes a block through time.
 template <typename State>
 struct NeuronWork {
   typedef Block<State> B;
 
-  explicit NeuronWork(int64_t steps) : h(steps), g(steps), before(steps) {}
-
   B constants[4];
   B v, c;                               // potential and its gradient
   B threshold_sum, inverse_tau_sum;
-  std::vector<B> h, g, before;          // of each step: potential before the reset, σ', potential before the charge
+  // Of each step that the way back needs: potential before the reset, σ', and, where parameters are learned, potential
+  // before the charge.
+  std::vector<B> h, g, before;
 };
 
 // Input is the type of x and its gradient, Upstream that of the spikes' gradient. FETCH asks for the next block of x
@@ -49,8 +50,11 @@ class Neurons {
 
   const State reset;
 
-  // Constants of a thread's blocks, or only where they do not differ between neurons.
-  void prepare(W& work) const {
+  // Room for so many steps, 1 where there is no way back; and the constants where they do not differ between neurons.
+  void prepare(int64_t steps, W& work) const {
+    work.h.resize(steps);
+    work.g.resize(steps);
+    work.before.resize(learned ? steps : 1);
     for (int i = 0; i < 4; ++i) work.constants[i].fill(values()[i * a.channels]);
   }
 
@@ -151,7 +155,7 @@ class Neurons {
     const C decay(work.constants[DECAY_FACTOR]);
     const bool decay_input = a.decay_input;
     B &v_gradient = work.c, &threshold_sum = work.threshold_sum, &inverse_tau_sum = work.inverse_tau_sum;
-    const B &potential = work.h[t], &derivatives = work.g[t], &before = work.before[t];
+    const B &potential = work.h[t], &derivatives = work.g[t], &before = work.before[LEARNED ? t : 0];
     SEAL_EACH_VECTOR(State, i) {
       const V h = potential[i], g = derivatives[i], c = v_gradient[i], spike = fire(h, threshold[i]);
       const V through_spike = load_vector(upstream + i) * g;
@@ -173,7 +177,8 @@ class Neurons {
       case LEAK_DIVIDE: return choose_charge_as<LEAK_DIVIDE>();
       case LEAK_MULTIPLY: return choose_charge_as<LEAK_MULTIPLY>();
       case FILTER_DIVIDE: return choose_charge_as<FILTER_DIVIDE>();
-      default: return choose_charge_as<FILTER_MULTIPLY>();
+      case FILTER_MULTIPLY: return choose_charge_as<FILTER_MULTIPLY>();
+      default: throw NoCode();
     }
   }
 
@@ -190,7 +195,8 @@ class Neurons {
       case SUPER_SPIKE: derivative = derivative_as<SUPER_SPIKE>; break;
       case ERF: derivative = derivative_as<ERF>; break;
       case TRIANGLE: derivative = derivative_as<TRIANGLE>; break;
-      default: derivative = derivative_as<RECTANGLE>;
+      case RECTANGLE: derivative = derivative_as<RECTANGLE>; break;
+      default: throw NoCode();
     }
   }
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..surrogate.reference import SURROGATES
+from ..launch.cupy import enumerator
 from .options import Options
+
+NEURON = Path(__file__).with_name("neuron.cuh")
+SURROGATE = Path(__file__).resolve().parents[1] / "surrogate" / "surrogate.cuh"
 
 
 class Passed(NamedTuple):
@@ -16,8 +20,8 @@ class Passed(NamedTuple):
 
     constants: Tensor | None  # [4, channels] where an option is a tensor
     channels: int
-    charging: tuple[int, bool, bool]  # template: CHARGE, SOFT, PER_CHANNEL
-    slopes: tuple[bool, int]  # template of backward: DETACH, SURROGATE
+    charging: tuple[str, bool, bool]  # template: CHARGE, SOFT, PER_CHANNEL
+    slopes: tuple[bool, str]  # template of backward: DETACH, SURROGATE
     numbers: tuple[float, ...]  # τ, 1/τ, 1 - 1/τ, θ and v_reset
     alpha: float  # of the surrogate; backward takes it after the numbers
 
@@ -29,8 +33,8 @@ def passed(options: Options, device: torch.device, state: torch.dtype) -> Passed
     return Passed(
         constants,
         channels,
-        (options.charge_kind, options.v_reset is None, channels > 1),
-        (options.detach_reset, list(SURROGATES).index(options.surrogate.name)),
+        (enumerator(NEURON, "ChargeKind", options.charge_kind), options.v_reset is None, channels > 1),
+        (options.detach_reset, enumerator(SURROGATE, "SurrogateKind", options.surrogate.name)),
         tuple(float(value) for value in (*values, options.v_reset or 0.0)),
         float(options.surrogate.alpha),
     )

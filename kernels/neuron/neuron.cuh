@@ -7,22 +7,29 @@
 #include "../launch/numbers.h"
 
 // How the potential is charged. MULTIPLY stands where 1/τ is a power of two and a product equals the quotient exactly.
-enum ChargeKind {
+SEAL_ENUM(ChargeKind,
   DECAY,             // h = d v + x                decay_input=False, v_reset = 0
   LEAK_DIVIDE,       // h = v - (v - r)/τ + x      decay_input=False
   LEAK_MULTIPLY,
   FILTER_DIVIDE,     // h = v + (x - (v - r))/τ    decay_input=True
   FILTER_MULTIPLY
-};
+)
 
 template <int KIND, typename State, typename Constant, typename Scalar>
 SEAL_FN State charge(State v, State x, Constant tau, Constant inverse_tau, Constant decay, Scalar reset) {
-  if (KIND == DECAY) return v * decay + x;
   const State distance = v - reset;
-  if (KIND == LEAK_DIVIDE) return v - distance / tau + x;
-  if (KIND == LEAK_MULTIPLY) return v - distance * inverse_tau + x;
-  if (KIND == FILTER_DIVIDE) return v + (x - distance) / tau;
-  return v + (x - distance) * inverse_tau;  // FILTER_MULTIPLY
+  if constexpr (KIND == DECAY) {
+    return v * decay + x;
+  } else if constexpr (KIND == LEAK_DIVIDE) {
+    return v - distance / tau + x;
+  } else if constexpr (KIND == LEAK_MULTIPLY) {
+    return v - distance * inverse_tau + x;
+  } else if constexpr (KIND == FILTER_DIVIDE) {
+    return v + (x - distance) / tau;
+  } else {
+    static_assert(KIND == FILTER_MULTIPLY, "no such ChargeKind");
+    return v + (x - distance) * inverse_tau;
+  }
 }
 
 // 1 where the neuron fires, else 0; NaN does not fire.

@@ -32,11 +32,11 @@ class Options:
         return not isinstance(self.tau, torch.Tensor) and math.frexp(self.tau)[0] == 0.5
 
     @property
-    def charge_kind(self) -> int:
-        """Which ChargeKind of neuron.cuh charges the potential."""
+    def charge_kind(self) -> str:
+        """Which ChargeKind of neuron.cuh charges the potential, in lower case."""
         if not self.decay_input and not self.v_reset:
-            return 0  # DECAY
-        return (3 if self.decay_input else 1) + self.exact_inverse  # FILTER or LEAK, each _DIVIDE, then _MULTIPLY
+            return "decay"
+        return f"{'filter' if self.decay_input else 'leak'}_{'multiply' if self.exact_inverse else 'divide'}"
 
     def numbers(self) -> tuple[float, float, float, float]:
         """τ, 1/τ, 1 - 1/τ and threshold, where none of them is a tensor. Kernels round them to the state's dtype."""

@@ -9,13 +9,6 @@ import triton.language as tl
 
 from ..launch.triton import divide, number
 
-# What Options.charge_kind says. MULTIPLY stands where 1/τ is a power of two and a product equals the quotient exactly.
-DECAY = tl.constexpr(0)  # h = d v + x, where d = 1 - 1/τ: decay_input=False, r = 0
-LEAK_DIVIDE = tl.constexpr(1)  # h = v - (v - r)/τ + x: decay_input=False
-LEAK_MULTIPLY = tl.constexpr(2)
-FILTER_DIVIDE = tl.constexpr(3)  # h = v + (x - (v - r))/τ: decay_input=True; the last ones divide x as well
-FILTER_MULTIPLY = tl.constexpr(4)
-
 
 @triton.jit
 def constants_of(
@@ -50,17 +43,20 @@ def constants_of(
 
 @triton.jit
 def charge(v, x, tau, inverse_tau, decay, reset, CHARGE: tl.constexpr):
-    """The potential h before the reset."""
-    if CHARGE == DECAY:
+    """The potential h before the reset; CHARGE is Options.charge_kind.
+
+    "multiply" stands where 1/τ is a power of two and a product equals the quotient exactly.
+    """
+    if CHARGE == "decay":  # d = 1 - 1/τ: decay_input=False, r = 0
         h = v * decay + x
-    elif CHARGE == LEAK_DIVIDE:
+    elif CHARGE == "leak_divide":  # decay_input=False
         h = v - divide(v - reset, tau) + x
-    elif CHARGE == LEAK_MULTIPLY:
+    elif CHARGE == "leak_multiply":
         h = v - (v - reset) * inverse_tau + x
-    elif CHARGE == FILTER_DIVIDE:
+    elif CHARGE == "filter_divide":  # decay_input=True
         h = v + divide(x - (v - reset), tau)
     else:
-        tl.static_assert(CHARGE == FILTER_MULTIPLY)
+        tl.static_assert(CHARGE == "filter_multiply")
         h = v + (x - (v - reset)) * inverse_tau
     return h
 
@@ -97,12 +93,12 @@ def reset_threshold_slope(h, spike, g, threshold, reset, SOFT: tl.constexpr, DET
 
 @triton.jit
 def input_slope(inverse_tau, CHARGE: tl.constexpr):
-    """∂h/∂x."""
-    return inverse_tau if CHARGE >= FILTER_DIVIDE else 1.0
+    """∂h/∂x; `charge` refuses unknown kinds."""
+    return inverse_tau if CHARGE == "filter_divide" or CHARGE == "filter_multiply" else 1.0
 
 
 @triton.jit
 def inverse_tau_slope(v, x, reset, CHARGE: tl.constexpr):
     """∂h/∂(1/τ)."""
     distance = v - reset
-    return x - distance if CHARGE >= FILTER_DIVIDE else -distance
+    return x - distance if CHARGE == "filter_divide" or CHARGE == "filter_multiply" else -distance

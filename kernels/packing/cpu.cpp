@@ -4,13 +4,12 @@
 #include "../launch/types.h"
 #include "../launch/vector.h"
 
-// As in cpu.py.
-struct UnpackArguments {
+SEAL_STRUCT(UnpackArguments,
   const uint8_t* packed;  // [T, ceil(N/8)]
   void* spikes;           // [T, N]
   int64_t T, N;
   int32_t dtype, threads;
-};
+)
 
 namespace {
 

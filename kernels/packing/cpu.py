@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
-from ..launch.cpu import DTYPES, run
+from ..launch.cpu import DTYPES, run, structure
 
-
-class _Arguments(ctypes.Structure):
-    """As UnpackArguments in cpu.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("packed", "spikes")),
-        *((name, ctypes.c_int64) for name in ("T", "N")),
-        *((name, ctypes.c_int32) for name in ("dtype", "threads")),
-    )
+_Arguments = structure("UnpackArguments")
 
 
 def unpack(packed: torch.Tensor, N: int, dtype: torch.dtype) -> torch.Tensor:
     """Spikes [T, N] of `dtype` from their bits [T, ceil(N/8)]."""
-    spikes = torch.empty(packed.shape[0], N, dtype=dtype)
+    spikes = torch.empty(packed.shape[0], N, dtype=dtype, device=packed.device)
     arguments = _Arguments(
-        packed.data_ptr(), spikes.data_ptr(), packed.shape[0], N, DTYPES[dtype], torch.get_num_threads()
+        packed=packed.data_ptr(),
+        spikes=spikes.data_ptr(),
+        T=packed.shape[0],
+        N=N,
+        dtype=DTYPES[dtype],
+        threads=torch.get_num_threads(),
     )
     run("seal_unpack", arguments)
     return spikes

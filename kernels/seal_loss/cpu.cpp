@@ -11,10 +11,11 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
-// As in cpu.py. Null pointers stand for what is not asked for.
-struct LossArguments {
+// Null pointers stand for what is not asked for.
+SEAL_STRUCT(LossArguments,
   const void *logits, *teacher;    // [T, B, K]; [B, K] dense in the state's type
   const void* labels;              // [B] int64 or int32; null where the weights alone are asked for
   void* parts;                     // [4] in the state's type: loss, CE, ELA, STA
@@ -24,20 +25,19 @@ struct LossArguments {
   double alpha, beta, temperature;
   int32_t dtype, objective, wide_labels, threads;
   int32_t outside;                 // set where a label is none of the classes; nothing else is written then
-};
+)
 
-// As in cpu.py.
-struct ScaleArguments {
+SEAL_STRUCT(ScaleArguments,
   void* values;        // [count], multiplied in place unless there is
   const void* wide;    // [count] in the gradient's type, where that is another one
   const void* factor;  // one number in the state's type
   int64_t count;
   int32_t dtype;
-};
+)
+
+SEAL_ENUM(Objective, SEAL, KD, TDKD)
 
 namespace {
-
-enum Objective { SEAL, KD, TDKD };
 
 constexpr int64_t kIgnored = -100;
 constexpr double kNormEps = 1e-12;
@@ -58,6 +58,7 @@ class Loss {
 
   explicit Loss(LossArguments& arguments)
       : a(arguments), length(padded(a.K)), log_k(std::log(double(a.K))), rate(State(1 / a.temperature)) {
+    if (a.objective != SEAL && a.objective != KD && a.objective != TDKD) throw NoCode();
     for (int64_t b = 0; b < a.B; ++b) {
       const int64_t label = label_of(b);
       valid += label != kIgnored;
@@ -71,12 +72,17 @@ class Loss {
     if (a.outside) return;
     const int64_t enough = a.T * a.B * (a.K + kFixed) / kGrain;
     const int threads = int(std::clamp<int64_t>(enough, 1, std::min<int64_t>(a.threads, a.B)));
+    Memory memory;
 #pragma omp parallel num_threads(threads)
     {
-      Rows rows(*this);
+      std::optional<Rows> rows;
+      memory.got([&] { rows.emplace(*this); });
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < a.B; ++b) sample(b, rows);
+      for (int64_t b = 0; b < a.B; ++b) {
+        if (rows) sample(b, *rows);
+      }
     }
+    memory.check();
     if (!a.parts) return;
     double sums[3] = {};
     for (int part = 0; part < 3; ++part) {

@@ -7,35 +7,11 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..launch.cpu import DTYPES, run
+from ..launch.cpu import DTYPES, code, run, structure
 from ..lif.reference import state_dtype
 from .reference import gradient_dtype, require_classes
 
-OBJECTIVES = ("seal", "kd", "tdkd")  # in the order of cpu.cpp
-
-
-class _Arguments(ctypes.Structure):
-    """As LossArguments in cpu.cpp."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("logits", "teacher", "labels", "parts", "grad", "weights", "confidence")
-        ),
-        *((name, ctypes.c_int64) for name in ("T", "B", "K", "stride_t", "stride_b")),
-        *((name, ctypes.c_double) for name in ("alpha", "beta", "temperature")),
-        *((name, ctypes.c_int32) for name in ("dtype", "objective", "wide_labels", "threads", "outside")),
-    )
-
-
-class _Scaled(ctypes.Structure):
-    """As ScaleArguments in cpu.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "wide", "factor")),
-        ("count", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-    )
+_Arguments, _Scaled = structure("LossArguments"), structure("ScaleArguments")
 
 
 def forward(
@@ -51,16 +27,24 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Loss, ce, ela and sta [4] in the state's dtype; and the loss's gradient [T, B, K] in gradient_dtype."""
     dtype = state_dtype(logits.dtype)
-    parts = torch.empty(4, dtype=dtype)
+    parts = torch.empty(4, dtype=dtype, device=logits.device)
     grad = None
     if gradient:
         grad = torch.empty_like(logits, dtype=gradient_dtype(logits.dtype), memory_format=torch.contiguous_format)
     teacher_logits, labels = teacher_logits.to(dtype).contiguous(), labels.contiguous()
-    read = (teacher_logits.data_ptr(), labels.data_ptr())
-    written = (parts.data_ptr(), None if grad is None else grad.data_ptr(), None, None)
-    numbers = (alpha, beta, temperature)
-    switches = (OBJECTIVES.index(objective), labels.dtype == torch.int64)
-    if _launch(logits, (*read, *written), numbers, switches).outside:
+    arguments = _launch(
+        logits,
+        objective,
+        teacher=teacher_logits.data_ptr(),
+        labels=labels.data_ptr(),
+        wide_labels=labels.dtype == torch.int64,
+        parts=parts.data_ptr(),
+        grad=None if grad is None else grad.data_ptr(),
+        alpha=alpha,
+        beta=beta,
+        temperature=temperature,
+    )
+    if arguments.outside:
         require_classes(labels, logits.shape[2])
     return parts, grad
 
@@ -72,7 +56,8 @@ def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     result = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
     factor, wide = factor.to(state_dtype(dtype)), None if result is grad else grad.data_ptr()
-    run("seal_scale", _Scaled(result.data_ptr(), wide, factor.data_ptr(), grad.numel(), DTYPES[dtype]))
+    pointers = {"values": result.data_ptr(), "wide": wide, "factor": factor.data_ptr()}
+    run("seal_scale", _Scaled(**pointers, count=grad.numel(), dtype=DTYPES[dtype]))
     return result
 
 
@@ -80,16 +65,27 @@ def weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Weights [B, T, T] of the other steps in each step's target, and confidence [T, B]."""
     T, B, _ = logits.shape
     dtype = state_dtype(logits.dtype)
-    outputs = torch.empty(B, T, T, dtype=dtype), torch.empty(T, B, dtype=dtype)
-    _launch(logits, (None,) * 4 + tuple(output.data_ptr() for output in outputs), (0.0, 0.0, 1.0), (0, False))
-    return outputs
+    weights, confidence = (torch.empty(size, dtype=dtype, device=logits.device) for size in ((B, T, T), (T, B)))
+    _launch(logits, "seal", weights=weights.data_ptr(), confidence=confidence.data_ptr(), temperature=1.0)
+    return weights, confidence
 
 
-def _launch(logits: Tensor, pointers: tuple, numbers: tuple, switches: tuple) -> _Arguments:
-    """Start the kernel; the arguments after those of the logits, the sizes and dtype are in the structure's order."""
+def _launch(logits: Tensor, objective: str, **fields: int | float | None) -> ctypes.Structure:
+    """Start the kernel on the logits and, of LossArguments, the fields that are named; return all of them."""
     if logits.stride(2) != 1:
         logits = logits.contiguous()
-    sizes, dtype = (*logits.shape, *logits.stride()[:2]), DTYPES[logits.dtype]
-    arguments = _Arguments(logits.data_ptr(), *pointers, *sizes, *numbers, dtype, *switches, torch.get_num_threads())
+    (T, B, K), (stride_t, stride_b, _) = logits.shape, logits.stride()
+    arguments = _Arguments(
+        logits=logits.data_ptr(),
+        T=T,
+        B=B,
+        K=K,
+        stride_t=stride_t,
+        stride_b=stride_b,
+        dtype=DTYPES[logits.dtype],
+        objective=code("Objective", objective),
+        threads=torch.get_num_threads(),
+        **fields,
+    )
     run("seal_loss", arguments)
     return arguments

@@ -9,9 +9,9 @@
 #include "gradient.cuh"
 #include "sums.cuh"
 
-enum Objective { SEAL, KD, TDKD, WEIGHTS };  // the last gives the weights of SEAL and no loss
+SEAL_ENUM(Objective, SEAL, KD, TDKD, WEIGHTS)  // the last gives the weights of SEAL and no loss
 // In shared memory: neither, so that the steps and their table are in a workspace; both of these; the logits as well.
-enum Kept { NOTHING, TABLE, SAMPLE };
+SEAL_ENUM(Kept, NOTHING, TABLE, SAMPLE)
 constexpr int PRODUCTS = 4;    // rows that a row is multiplied with at once
 constexpr int IGNORED = -100;  // a label
 
@@ -64,6 +64,7 @@ __global__ void __launch_bounds__((WARPS<STEPS, TEAM>) * 32, RESIDENT / (WARPS<S
     float beta,
     float temperature,
     float log_classes) {
+  static_assert(OBJECTIVE >= SEAL && OBJECTIVE <= WEIGHTS && KEPT >= NOTHING && KEPT <= SAMPLE, "no such enumerator");
   constexpr bool ON_CHIP = KEPT == SAMPLE;
   typedef typename IndexOf<ON_CHIP>::type Index;
   typedef typename IndexOf<KEPT != NOTHING>::type Entry;  // of the table

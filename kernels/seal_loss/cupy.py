@@ -24,12 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch.cupy import ACCESS, counter, launch, shared_memory, specialised
+from ..launch.cupy import ACCESS, counter, enumerator, launch, shared_memory, specialised
 from .reference import IGNORED, gradient_dtype
 
 SOURCE = Path(__file__).with_name("cuda.cu")
-OBJECTIVES = ("seal", "kd", "tdkd", "weights")  # as in cuda.cu
-KEPT = ("nothing", "table", "sample")  # in shared memory; as in cuda.cu
+KEPT = ("nothing", "table", "sample")  # in shared memory, from least to most
 WARPS = 16  # of a block, at most, as in sums.cuh
 UNROLLED = 16  # time steps that a kernel is specialised for, at most
 ROW = 1024  # logits that one warp goes through before a row gets more warps
@@ -197,7 +196,7 @@ def _kernel(
     template = (
         *(NUMBERS[dtype] for dtype in dtypes),
         *(min(vector, ACCESS // size), members, T if T <= UNROLLED else 0),
-        *(kept, OBJECTIVES.index(objective), gradient),
+        *(enumerator(SOURCE, "Kept", KEPT[kept]), enumerator(SOURCE, "Objective", objective), gradient),
     )
     workspace = 0 if kept else table // 4
     return _Kernel(specialised("seal_loss", *template), 32 * members * teams, shared[kept], workspace)

@@ -92,6 +92,7 @@ def _seal_loss(
     ALIGNED: tl.constexpr,  # what divides K and, unless ROWS is false, all other strides
     LABELS: tl.constexpr,  # labels that are read at once
 ):
+    tl.static_assert(OBJECTIVE == "seal" or (OBJECTIVE == "kd" or OBJECTIVE == "tdkd"))
     LOSS: tl.constexpr = weights is None
     ALIGNS: tl.constexpr = not LOSS or (OBJECTIVE == "seal" and T_PAD > 1)
     TARGET: tl.constexpr = LOSS and (ALIGNS or OBJECTIVE == "tdkd")

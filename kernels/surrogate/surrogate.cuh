@@ -3,46 +3,43 @@
 
 #include "../launch/numbers.h"
 
-// In the order of SURROGATES in reference.py.
-enum SurrogateKind {
+// The names of SURROGATES in reference.py.
+SEAL_ENUM(SurrogateKind,
   SIGMOID, ATAN, PIECEWISE_QUADRATIC, PIECEWISE_EXP, SOFT_SIGN, SUPER_SPIKE, ERF, TRIANGLE, RECTANGLE
-};
+)
 
 // State is a number or, in native code, a vector of them; Scalar is a number.
 template <int KIND, typename State, typename Scalar>
 SEAL_FN State surrogate_derivative(State u, Scalar alpha) {
   const State zero = {}, magnitude = magnitude_of(u);
   const Scalar half = Scalar(0.5);
-  if (KIND == SIGMOID) {
+  if constexpr (KIND == SIGMOID) {
     // p(1-p) = e/(1+e)^2 with e = exp(-α|u|): no cancellation where p is near 1.
     const State e = exp_negative(magnitude, alpha), sum = 1 + e;
     return divide_by_moderate(alpha * e, sum * sum);
-  }
-  if (KIND == ATAN) {
+  } else if constexpr (KIND == ATAN) {
     const State scaled = u * (Scalar(1.5707963267948966) * alpha);
     return (half * alpha) / (1 + scaled * scaled);
-  }
-  if (KIND == PIECEWISE_QUADRATIC) {
+  } else if constexpr (KIND == PIECEWISE_QUADRATIC) {
     const State value = alpha - (alpha * alpha) * magnitude;
     return value < zero ? zero : value;
-  }
-  if (KIND == PIECEWISE_EXP) return (half * alpha) * exp_negative(magnitude, alpha);
-  if (KIND == SOFT_SIGN) {
+  } else if constexpr (KIND == PIECEWISE_EXP) {
+    return (half * alpha) * exp_negative(magnitude, alpha);
+  } else if constexpr (KIND == SOFT_SIGN) {
     const State width = Scalar(1) / alpha + magnitude;
     return half / (alpha * width * width);
-  }
-  if (KIND == SUPER_SPIKE) {
+  } else if constexpr (KIND == SUPER_SPIKE) {
     const State width = 1 + magnitude;
     return alpha / (width * width);
-  }
-  if (KIND == ERF) {
+  } else if constexpr (KIND == ERF) {
     const State scaled = u * alpha;
     return (alpha * Scalar(0.5641895835477563)) * exp_negative(scaled * scaled, Scalar(1));  // 1/√π
-  }
-  if (KIND == TRIANGLE) {
+  } else if constexpr (KIND == TRIANGLE) {
     const State value = 1 - magnitude;
     return value < zero ? zero : alpha * value;
+  } else {
+    static_assert(KIND == RECTANGLE, "no such SurrogateKind");
+    const State inside = zero + alpha;
+    return magnitude < zero + half / alpha ? inside : zero;
   }
-  const State inside = zero + alpha;  // RECTANGLE
-  return magnitude < zero + half / alpha ? inside : zero;
 }

@@ -161,7 +161,8 @@ def test_forward_and_backward_equal_torch(name):
 def test_setups_reach_every_surrogate_reset_and_charge():
     options = [*NEURONS.values(), PUBLISHED]
     assert {each.surrogate.name for each in options} == set(SURROGATES)
-    assert {each.charge_kind for each in options} == {0, 1, 3, 4}  # 2 differs from 1 in the product that 4 has
+    # "leak_multiply" differs from "leak_divide" in the product that "filter_multiply" has
+    assert {each.charge_kind for each in options} == {"decay", "leak_divide", "filter_divide", "filter_multiply"}
     assert {(each.v_reset is None, each.detach_reset) for each in options} == {(a, b) for a in (0, 1) for b in (0, 1)}
 
 

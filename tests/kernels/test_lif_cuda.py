@@ -64,7 +64,8 @@ def test_published_spikes_membrane_and_gradient(case, precision):
 
 def test_setups_reach_every_template_argument():
     kinds = {(setup.options(2).charge_kind, setup.v_reset is None) for setup in SETUPS if setup.dtype == F32}
-    assert kinds == {(0, False), (0, True), (1, False), (2, False), (3, False), (3, True), (4, False), (4, True)}
+    of_either_reset = product(["decay", "filter_divide", "filter_multiply"], [False, True])
+    assert kinds == {*of_either_reset, ("leak_divide", False), ("leak_multiply", False)}
     long_and_packed = set(product([False, True], repeat=2))
     for dtype in GRADIENT:
         assert {setup.T for setup in SETUPS if setup.dtype == dtype} >= {1, 4, 16, 33}

@@ -7,7 +7,7 @@ from seal_fast import seal_loss, selective_alignment_weights
 from seal_fast.kernels.launch import cpu
 from seal_fast.kernels.seal_loss import cpu as kernel
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="setup.py found no C++17 compiler")
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason=cpu.missing())
 
 
 def inputs(T, B, K, dtype=torch.float32, scale=3.0):

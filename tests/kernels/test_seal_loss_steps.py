@@ -35,7 +35,7 @@ def cuda_on_the_host():
         yield
 
 
-needs_cpu_kernel = pytest.mark.skipif(cpu.library() is None, reason="setup.py found no C++17 compiler")
+needs_cpu_kernel = pytest.mark.skipif(cpu.library() is None, reason=cpu.missing())
 each_length = pytest.mark.parametrize("T", TIME_STEPS)
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES)
 # 256 steps do not fit into shared memory, where nothing is kept by itself.

@@ -99,7 +99,8 @@ class Kernels:
             raise RuntimeError(f"{expression}: {error.decode()}")
 
     def _library(self, expressions: list[str]) -> ctypes.CDLL:
-        kernels = "".join(f"    {{Kernel<{name}>::call, Kernel<{name}>::signature}},\n" for name in expressions)
+        types = [f"cuda_host::Kernel<{name}>" for name in expressions]
+        kernels = "".join(f"    {{{name}::call, {name}::signature}},\n" for name in types)
         program = f"""{HEADER.read_text(encoding="utf-8")}
 #line 1 "kernel.cu"
 {_with_shared_memory(self.text)}
@@ -108,13 +109,13 @@ struct Entry {{
   void (*call)(const void* const*);
   const char* (*signature)();
 }};
-static const Entry entries[] = {{
-{kernels}}};
 }}
+static const cuda_host::Entry cuda_host_entries[] = {{  // where names are as in the kernels' text
+{kernels}}};
 #pragma GCC visibility push(default)
-extern "C" const char* cuda_host_signature(int kernel) {{ return cuda_host::entries[kernel].signature(); }}
+extern "C" const char* cuda_host_signature(int kernel) {{ return cuda_host_entries[kernel].signature(); }}
 extern "C" const char* cuda_host_launch(int kernel, const unsigned* sizes, size_t shared, const void* const* given) {{
-  return cuda_host::launch(cuda_host::entries[kernel].call, sizes, shared, given);
+  return cuda_host::launch(cuda_host_entries[kernel].call, sizes, shared, given);
 }}
 """
         library = ctypes.CDLL(str(_build(program)))
