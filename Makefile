@@ -1,6 +1,7 @@
 # make demo: train and distil on handwritten digits.   make test: run the tests.   make bench: measure.   make lint: style.
 # make test-oldest: the same tests with the oldest versions that are supported, in .venv-oldest.
 # make test-middle: the same with versions in between, that users of a GPU have, in .venv-middle.
+# make sanitize: tests of the native CPU kernels, built with GCC's AddressSanitizer and UndefinedBehaviorSanitizer.
 # These make their own virtual environment first. PYTHON chooses the interpreter, 3.10 or newer.
 # make gpu: all that needs a GPU, with the Python that is active; make gpu-kernels compiles its kernels beforehand.
 
@@ -10,7 +11,7 @@ CONSTRAINTS ?=
 BIN := $(VENV)/bin
 NATIVE := $(wildcard kernels/*/*.cpp kernels/*/*.h kernels/*/*.cuh)
 
-.PHONY: demo test test-oldest test-middle long gpu gpu-kernels bench lint clean
+.PHONY: demo test test-oldest test-middle long sanitize gpu gpu-kernels bench lint clean
 
 demo: $(VENV)/.train
 	@echo "==> A teacher and three spiking students on handwritten digits, on the GPU if there is one."
@@ -30,6 +31,10 @@ test-middle:
 long: $(VENV)/.test
 	@echo "==> The longer sweeps."
 	$(BIN)/python -m pytest -m long
+
+sanitize: $(VENV)/.test
+	@echo "==> The native kernels under sanitizers, a copy for each instruction set; five minutes on two idle cores."
+	$(BIN)/python tests/support/sanitize.py
 
 # With the Python that is active: it has the torch that fits the GPU, and nothing is fetched. ARGUMENTS="--stages smoke"
 # and the like: see benchmarks/gpu/__main__.py.
