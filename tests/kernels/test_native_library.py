@@ -4,10 +4,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import native
 import pytest
 
 import cuda_host
+import native
 from seal_fast import kernels
 from seal_fast.kernels.launch import cpu, sources
 

@@ -1,7 +1,8 @@
 """Native code under sanitizers: nothing is read or written out of place, and that would be noticed."""
 
-import native
 import pytest
+
+import native
 import sanitize
 
 pytestmark = [
