@@ -117,8 +117,8 @@ def structure(name: str) -> type[ctypes.Structure]:
     text, size = _text(name)
     fields = []
     for group in filter(None, map(str.strip, text.split(";"))):
-        kind, names = re.fullmatch(r"(?:const )?(\w+)(.+)", group).groups()
-        for field in names.split(","):
+        kind, declared = re.fullmatch(r"(?:const )?(\w+)(.+)", group).groups()
+        for field in declared.split(","):
             held = ctypes.c_void_p if "*" in field else _TYPES.get(kind) or structure(kind)
             fields.append((field.strip("* "), held))
     made = type(name, (ctypes.Structure,), {"_fields_": tuple(fields), "__slots__": ()})

@@ -135,8 +135,12 @@ import importlib.machinery, warnings, torch
 importlib.machinery.EXTENSION_SUFFIXES.clear()  # of which the library has one
 import seal_fast
 from seal_fast.kernels.launch import cpu
-from seal_fast.kernels.lif import cpu as _
+from seal_fast.kernels.lif import cpu as kernel
 assert cpu.library() is None
+try:
+    kernel._Arguments(T=1)
+except RuntimeError as error:
+    assert str(error) == "LifArguments is not known: " + cpu.missing() + ".", error
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):
