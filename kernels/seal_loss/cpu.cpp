@@ -9,8 +9,6 @@
 #include "gradient.h"
 #include "softmax.h"
 
-#include <cmath>
-#include <limits>
 #include <optional>
 #include <vector>
 
@@ -78,9 +76,7 @@ class Loss {
       std::optional<Rows> rows;
       memory.got([&] { rows.emplace(*this); });
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < a.B; ++b) {
-        if (rows) sample(b, *rows);
-      }
+      for (int64_t b = 0; b < a.B; ++b) rows ? sample(b, *rows) : void();
     }
     memory.check();
     if (!a.parts) return;
