@@ -85,6 +85,7 @@ class Loss {
       for (int64_t b = 0; b < a.B; ++b) sums[part] += samples[part * a.B + b];
       sums[part] /= double(valid * a.T);
     }
+    if (!has_target()) sums[2] = 0;  // and not 0/0
     double loss = sums[0];
     if (a.alpha != 0) loss += a.alpha * sums[1];  // 0 · inf would be NaN
     if (a.beta != 0) loss += a.beta * sums[2];
@@ -123,6 +124,7 @@ class Loss {
     std::vector<int64_t> taking_part;
   };
 
+  bool has_target() const { return a.objective == TDKD || (a.objective == SEAL && a.T > 1); }
   static int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
   int64_t label_of(int64_t b) const {
@@ -260,7 +262,7 @@ class Loss {
     State* q = rows.once(Rows::TEACHER);
     read_row(static_cast<const State*>(a.teacher) + b * a.K, q);
     const S teacher = softmax(q, max_of_row(q, length), rows.once(Rows::TEACHER_EXPS));
-    const bool sta = a.objective == TDKD || (a.objective == SEAL && a.T > 1);
+    const bool sta = has_target();
     S target;
     if (a.objective == TDKD) target = mean_of_correct(label, rows);
     for (int64_t t = 0; t < a.T; ++t) {

@@ -144,6 +144,39 @@ def test_one_time_step_has_nothing_to_align_with():
     assert confidence.shape == (1, 6)
 
 
+@pytest.mark.parametrize(("objective", "T", "targets"), [("seal", 3, True), ("seal", 1, False), ("kd", 3, False)])
+def test_where_every_sample_is_ignored_only_what_has_a_target_is_nan(objective, T, targets):
+    logits, teacher_logits, labels = inputs(T=T)
+    parts, gradient = run(logits, teacher_logits, torch.full_like(labels, -100), objective=objective)
+    assert [part.isnan().item() for part in parts] == [True, True, True, targets]
+    assert targets or parts.sta == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_ignored_may_be_anything(value, objective):
+    logits, teacher_logits, labels = inputs()
+    labels[2] = -100
+    expected = run(logits, teacher_logits, labels, objective=objective)
+    logits[:, 2], teacher_logits[2] = value, value
+    assert_same(run(logits, teacher_logits, labels, objective=objective), expected, rtol=0, atol=0)
+
+
+def test_cross_entropy_of_large_logits_loses_no_digits():
+    """The logarithm of a sum of exponentials less the label's logit would be 0."""
+    logits = torch.full((1, 1, 2), 1e8, dtype=torch.float32)
+    parts, gradient = run(logits, torch.zeros(1, 2), torch.tensor([1]), alpha=0.0, beta=0.0)
+    assert parts.ce.item() == pytest.approx(math.log(2), rel=1e-6)
+    torch.testing.assert_close(gradient, torch.tensor([[[0.5, -0.5]]]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_time_step_has_weights_of_zero_whatever_its_logits(value):
+    weights, _ = selective_alignment_weights(torch.full((1, 2, 3), value, dtype=torch.float64))
+    assert torch.equal(weights, torch.zeros(2, 1, 1, dtype=torch.float64))
+
+
 def test_weights_of_zero_leave_the_cross_entropy():
     logits, teacher_logits, labels = inputs()
     parts, gradient = run(logits, teacher_logits, labels, alpha=0.0, beta=0.0)
