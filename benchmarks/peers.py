@@ -83,7 +83,7 @@ def loop(options: dict, x: torch.Tensor) -> torch.Tensor:
     surrogate = Surrogate(options["surrogate"])
     for x_t in x.unbind(0):
         h = v + (x_t - v) / tau if options["decay_input"] else v * (1 - 1 / tau) + x_t
-        s = reference.Fire.apply(h - threshold, surrogate)
+        s = reference.fire(h - threshold, surrogate)
         v = (1 - s) * h
         spikes.append(s)
     return torch.stack(spikes)

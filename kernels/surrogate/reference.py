@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
+from torch.autograd import forward_ad
 
 
 def _sigmoid(u: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -104,7 +105,11 @@ class Surrogate:
 
 def fire(u: torch.Tensor, surrogate: Surrogate) -> torch.Tensor:
     """1 where u >= 0, else 0 (NaN gives 0); its derivative is the surrogate's, in forward and in reverse mode."""
-    return (Fire if torch.compiler.is_compiling() else _ForwardModeFire).apply(u, surrogate)
+    if not torch.compiler.is_compiling():
+        return _ForwardModeFire.apply(u, surrogate)
+    if forward_ad._current_level >= 0:  # its tangent would be 0
+        raise RuntimeError("torch.compile cannot take forward-mode AD through neurons; compile what is differentiated.")
+    return Fire.apply(u, surrogate)
 
 
 class Fire(torch.autograd.Function):

@@ -1,102 +1,158 @@
 """Calls of a neuron that gradient checkpointing repeats: each must start from the potential from which it did at first.
 
 A checkpoint calls the network once more within the backward pass, when the neuron's potential is that after its last
-call, or after a reset or detach. So the neuron records where its calls started, as long as they can be repeated: a call
-whose output is in a graph, until that graph is gone; and one within the forward of an autograd.Function, as checkpoints
-with use_reentrant=True make it, until the next one.
+call, or after a reset or detach. Both kinds of torch.utils.checkpoint can be told from what is active during a call:
+the hook for saved tensors of a checkpoint with use_reentrant=False, whose frame the repeated calls' hook refers to; and
+the node of one with use_reentrant=True. Under each, the neuron records where its calls started, as long as the frame or
+node lives. Calls under anything else that repeats them are told by their number alone.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 does not tell
+_FUNCTION = inspect.unwrap(CheckpointFunction.forward).__code__
 
 
 def is_backward() -> bool:
-    """Whether this thread is running a backward pass, within which calls are repeated ones."""
+    """Whether this thread is running a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
 class Calls:
-    """Of one neuron.
-
-    Attributes:
-        given: Whether the potential was assigned within the backward pass that is running: whoever repeats calls knows
-            where they start, as SpikingJelly's checkpoints do.
-    """
+    """The calls of one neuron."""
 
     def __init__(self):
-        self.given = False
-        self._graphs: list[_Call] = []
-        self._last: _Call | None = None  # of those within a Function
+        self._of_checkpoint: weakref.WeakKeyDictionary[object, Record] = weakref.WeakKeyDictionary()
+        self._count = 0  # calls since the last end before the last of them
+        self._start: float | Tensor | None = None  # of the last call; None: it is not known any more
+        self._earlier: float | Tensor | None = None  # of the last call before that end
+        self._ended = False  # whether an end followed
+        self._repeated = -1  # the last graph task that repeated a call of no checkpoint of torch's
 
-    def add(self, start: float | Tensor, spikes: Tensor) -> None:
-        """Record a call that started from the potential `start`."""
-        self.given = False
-        self._graphs = [call for call in self._graphs if call.alive()]
-        node = spikes.grad_fn
-        if node is not None:
-            alive = node.metadata.setdefault("seal_fast.nn.calls", _Alive())
-            self._graphs.append(_Call(start, weakref.ref(alive)))
-        elif _within_function():
-            earlier = self._last
-            ambiguous = earlier is not None and not (earlier.repeated or earlier.ended)
-            self._last = _Call(start, None, ambiguous and not _equal(earlier.start, start))
+    def add(self, start: float | Tensor | type) -> None:
+        """Record a call, not one that is repeated, that started from the potential `start`."""
+        checkpoint, _ = _checkpoint()
+        if checkpoint is not None and checkpoint not in self._of_checkpoint:
+            self._of_checkpoint[checkpoint] = Record(start)
+        if self._ended:
+            self._earlier = self._start if self._count == 1 else None
+            self._count, self._ended = 0, False
+        self._count += 1
+        self._start = start
 
     def end(self) -> None:
-        """Record that the potential was reset: where others follow, no call within a Function is repeated any more."""
-        if self._last is not None:
-            self._last.ended = True
+        """Record that the potential is another than the last call left: after a reset, a detach, or one set by hand.
 
-    def start(self, now: float | Tensor, repeat: bool) -> float | Tensor:
-        """The potential from which a call within a backward pass starts.
+        A start with a graph, whose memory would stay, is forgotten.
+        """
+        self._ended = True
+        if isinstance(self._start, Tensor) and self._start.grad_fn is not None:
+            self._start = None
 
-        Args:
-            now: The neuron's potential.
-            repeat: Whether the call follows, and is repeated by that.
+    def start(self, now: float | Tensor | type) -> float | Tensor | type:
+        """The potential from which a call within a backward pass starts, where the neuron's is `now`.
 
         Raises:
-            RuntimeError: Calls that started from different potentials may be the repeated one.
+            RuntimeError: Calls that started from different potentials may be the repeated one, or none was recorded.
         """
-        calls = [call for call in self._graphs if call.alive()] + ([] if self._last is None else [self._last])
-        if self.given or not calls:
+        record, repeats = self._record()
+        if record is not None:
+            return record.v
+        if repeats:
+            raise RuntimeError(_NOT_RECORDED)
+        if not self._count:
             return now
-        left = [call for call in calls if not call.repeated] or calls
-        found = left[-1]
-        if any(call.ambiguous or not _equal(call.start, found.start) for call in left):
+        other = self._repeated == torch._C._current_graph_task_id() and not _equal(self._start, self._earlier)
+        if self._count > 1 or self._start is None or other:
             raise RuntimeError(_AMBIGUOUS)
-        found.repeated |= repeat
-        return found.start
+        return self._start
+
+    def repeat(self, start: float | Tensor | type, v: Tensor | type) -> bool:
+        """Record that a call within a backward pass came from `start` to v; whether the neuron keeps its potential."""
+        record, _ = self._record()
+        if record is not None:
+            record.v = v
+            return True
+        checkpoint, _ = _checkpoint()
+        if checkpoint is not None and checkpoint not in self._of_checkpoint:  # it is within one that is repeated
+            self._of_checkpoint[checkpoint] = Record(start)
+        self._repeated = torch._C._current_graph_task_id()
+        return self._count > 0
+
+    def repeating(self) -> Record | None:
+        """The record of the checkpoint that is repeating calls now, which holds the potential meanwhile."""
+        return self._record()[0]
+
+    def _record(self) -> tuple[Record | None, bool]:
+        """Of the checkpoint that is repeating calls now, and whether there is one."""
+        checkpoint, repeats = _checkpoint()
+        return (self._of_checkpoint.get(checkpoint) if repeats else None), repeats
 
 
-def _within_function() -> bool:
-    """Whether the forward of an autograd.Function is running; unlike no_grad, it switches forward-mode AD off, too."""
-    return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+class Record:
+    """Where the first call under a checkpoint started, and the potential while a backward pass repeats its calls."""
+
+    def __init__(self, start: float | Tensor | type):
+        # Without its graph, which would keep the checkpoint alive. Under a reentrant one no graph refers to it, and the
+        # gradient of the potential takes its way through that of the repeated calls.
+        if isinstance(start, Tensor) and torch.is_grad_enabled():
+            start = start.detach().requires_grad_(start.requires_grad)
+        self._start = start
+        self._task = -1  # the graph task that repeats the calls
+        self._v = None
+
+    @property
+    def v(self) -> float | Tensor | type:
+        """The potential now."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task, self._v = task, self._start
+        return self._v
+
+    @v.setter
+    def v(self, value: float | Tensor | type) -> None:
+        self._task, self._v = torch._C._current_graph_task_id(), value
 
 
-class _Call:
-    __slots__ = ("alive", "ambiguous", "ended", "repeated", "start")
+def _checkpoint() -> tuple[object | None, bool]:
+    """The innermost checkpoint of torch's that is running, if any, and whether it is repeating calls."""
+    hooks = _top_hooks(False) if _top_hooks else None
+    if hooks:
+        for cell in getattr(inspect.unwrap(hooks[0]), "__closure__", None) or ():
+            held = cell.cell_contents
+            repeats = isinstance(held, weakref.ref)
+            frame = held() if repeats else held
+            if type(frame).__name__ == "_CheckpointFrame":
+                return frame, repeats
+    if is_backward():
+        node = torch._C._current_autograd_node()
+        return (node, True) if isinstance(node, CheckpointFunction._backward_cls) else (None, False)
+    if torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled():  # a Function's forward switches both off
+        return None, False
+    caller = sys._getframe(1)
+    while caller is not None and caller.f_code is not _FUNCTION:
+        caller = caller.f_back
+    return (None if caller is None else caller.f_locals["ctx"]), False
 
-    def __init__(self, start: float | Tensor, alive: Callable[[], object] | None, ambiguous: bool = False):
-        self.start = start
-        self.alive = alive  # whether its graph is
-        self.ambiguous = ambiguous  # whether another one that started elsewhere may be meant
-        self.ended = self.repeated = False
 
-
-class _Alive:
-    """Lives as long as the node of a graph that has it among its metadata."""
-
-
-def _equal(left: float | Tensor, right: float | Tensor) -> bool:
+def _equal(left, right) -> bool:
     return left is right or (isinstance(left, float) and isinstance(right, float) and left == right)
 
 
 _AMBIGUOUS = (
     "gradient checkpointing needs neurons that are called once between resets, as their calls start from different "
-    "potentials; this one was called several times, with or without a detach between. Step mode 'm' runs all time "
-    "steps in one call, and a backward pass after each call, before the next one, leaves only that to repeat."
+    "potentials, and it cannot tell which of several calls, with or without a detach between, is repeated. Step mode "
+    "'m' runs all time steps in one call, and newer releases of torch tell calls under torch.utils.checkpoint apart."
+)
+_NOT_RECORDED = (
+    "gradient checkpointing repeats a call of this neuron that was compiled, or was not made at first: torch.compile "
+    "may compile a network with checkpoints, but a checkpoint cannot repeat a compiled one."
 )

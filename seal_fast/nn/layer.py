@@ -62,7 +62,7 @@ def run_rows(
 
 def _run(neuron: nn.Module, bn: nn.Module, rows: Tensor, shape: torch.Size, **residual) -> Tensor:
     spikes = ops.bn_lif(rows, bn, neuron, time_steps=shape[0], **residual)
-    neuron.mark_unknown(spikes)
+    neuron.mark_unknown()
     return spikes.unflatten(0, shape[:2])
 
 

@@ -13,7 +13,7 @@ from ..kernels.lif.reference import state_dtype
 from ..kernels.surrogate.reference import Surrogate
 from ..ops._arguments import NEURON_OPTIONS, as_surrogate, neuron_options, require_float_tensor, require_number
 from ..ops._dispatch import is_exporting, left_by_vmap
-from .calls import Calls, is_backward
+from .calls import Calls, Record, is_backward
 from .state import MemoryModule
 
 
@@ -60,7 +60,8 @@ class BaseNode(MemoryModule):
 
     @property
     def v(self) -> float | Tensor:  # noqa: D102
-        v = self._memories["v"]
+        record = self._repeating()
+        v = self._memories["v"] if record is None else record.v
         if v is _Unknown:
             raise RuntimeError(_NOT_KEPT)
         return v
@@ -121,8 +122,8 @@ class BaseNode(MemoryModule):
         """Spikes for one time step x [...]."""
         require_float_tensor("x", x, "[...]")
         steps = x.unsqueeze(0)
-        spikes, v = self._run(steps, self._start(steps))
-        self._keep(v, spikes)
+        spikes, v = ops.lif(steps, v_init=self._start(steps), **self.options)
+        self._keep(v)
         if self.store_v_seq and not self._is_function:
             v_seq = self.v_seq
             self.v_seq = v.unsqueeze(0) if v_seq is None else torch.cat((v_seq, v.unsqueeze(0)))
@@ -133,44 +134,34 @@ class BaseNode(MemoryModule):
         require_float_tensor("x", x, "[T, ...]")
         v = self._start(x)
         if not self.store_v_seq:
-            spikes, v = self._run(x, v)
-            self._keep(v, spikes)
+            spikes, v = ops.lif(x, v_init=v, **self.options)
+            self._keep(v)
             return spikes
         steps, potentials = [], []
         for x_t in x.unbind(0):
-            spikes, v = self._run(x_t.unsqueeze(0), v)
+            spikes, v = ops.lif(x_t.unsqueeze(0), v_init=v, **self.options)
             steps.append(spikes)
             potentials.append(v)
-        spikes = torch.cat(steps)
-        self._keep(v, spikes)
+        self._keep(v)
         if not self._is_function:
             self.v_seq = torch.stack(potentials)
-        return spikes
+        return torch.cat(steps)
 
     @property
     def at_rest(self) -> bool:
         """Whether the next call starts from the potential that `reset` gives."""
-        v = self._calls.start(self._memories["v"], repeat=False) if self._replays() else self._memories["v"]
+        v = self._before_call()
         return isinstance(v, float) and v == self._rest
-
-    def _run(self, x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Spikes of x [T, ...], and the potential after the last step."""
-        return ops.lif(x, v_init=v, **self.options)
 
     def _start(self, x: Tensor) -> Tensor | None:
         """The potential before the call with x [T, ...], for the operator."""
-        v = self._memories["v"]
-        if self._replays():
-            v = self._calls.start(v, repeat=True)
+        v = self._before_call()
         if isinstance(v, type):  # _Unknown, with which Dynamo of torch 2.6 cannot compare a float
             raise RuntimeError(_NOT_KEPT)
         if not isinstance(v, Tensor):
             return None if v == self._rest else x.new_full(x.shape[1:], v, dtype=state_dtype(x.dtype))
         if left_by_vmap(v):
-            raise RuntimeError(
-                "v was left by a call within torch.func.vmap, which has ended: reset_net(network) before the next call "
-                "lets neurons start at rest."
-            )
+            raise RuntimeError("v was left by a call within torch.func.vmap, which has ended: call reset_net(network).")
         if v.shape != x.shape[1:]:
             raise ValueError(
                 f"x must have time steps of shape {list(v.shape)}, as the potential v that the last call left; got "
@@ -178,33 +169,45 @@ class BaseNode(MemoryModule):
             )
         return v
 
+    def _before_call(self) -> float | Tensor | type[_Unknown]:
+        v = self._memories["v"]
+        return self._calls.start(v) if self._is_recorded() and is_backward() else v
+
     @property
     def _calls(self) -> Calls:
-        """Those that may be repeated."""
+        """Those that gradient checkpointing may repeat."""
         return self.__dict__.get("_recorded") or self.__dict__.setdefault("_recorded", Calls())
 
-    def _replays(self) -> bool:
-        """Whether the call is one that gradient checkpointing makes once more, while a backward pass is running."""
-        return not torch.compiler.is_compiling() and not self._is_function and is_backward()
+    def _is_recorded(self) -> bool:
+        """Whether a call now is one that changes the potential, in eager mode."""
+        return not torch.compiler.is_compiling() and not self._is_function
 
-    def _keep(self, v: Tensor | type[_Unknown], spikes: Tensor) -> None:
-        """Let the next call start from v, which the call that gave these spikes left."""
+    def _repeating(self) -> Record | None:
+        """The record of the checkpoint that is repeating calls, which holds the potential meanwhile."""
+        return self._calls.repeating() if self._is_recorded() and is_backward() else None
+
+    def _keep(self, v: Tensor | type[_Unknown]) -> None:
+        """Let the next call start from v."""
         if is_exporting():
             return
-        if not torch.compiler.is_compiling() and not self._is_function:
+        if self._is_recorded():
             if not is_backward():
-                self._calls.add(self._memories["v"], spikes)
-            elif not self._calls.given:
+                self._calls.add(self._memories["v"])
+            elif self._calls.repeat(self._before_call(), v):
                 return
         self._memories["v"] = v
 
-    def mark_unknown(self, spikes: Tensor) -> None:
-        """Record a call within a fused operator, which gave these spikes and whose last potential is not known."""
-        self._keep(_Unknown, spikes)
+    def mark_unknown(self) -> None:
+        """Record a call within a fused operator, which does not keep its last potential."""
+        self._keep(_Unknown)
 
     def __setattr__(self, name: str, value) -> None:
-        if name == "v" and not torch.compiler.is_compiling() and is_backward():
-            self._calls.given = True
+        if name == "v":
+            record = self._repeating()
+            if record is not None:
+                record.v = value
+                return
+            self._calls.end()
         MemoryModule.__setattr__(self, name, value)
 
     def release(self) -> None:
@@ -218,16 +221,22 @@ class BaseNode(MemoryModule):
 
     def reset(self) -> None:
         """Forget the membrane potential: the next call starts at rest."""
+        record = self._repeating()
+        if record is not None:
+            record.v = self._memories_rv["v"]
+            return
         super().reset()
         self.v_seq = None
-        if "_recorded" in self.__dict__:
-            self._calls.end()
+        self._calls.end()
 
     def detach(self) -> None:
         """Keep the potential, but cut its graph: for backpropagation through time in parts."""
+        if self._repeating() is not None:
+            return
         super().detach()
         if self.v_seq is not None:
             self.v_seq = self.v_seq.detach()
+        self._calls.end()
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 _PLAIN = {type(None), Tensor, nn.Parameter, nn.Buffer}
 
@@ -21,6 +22,13 @@ def is_eager(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     return _PLAIN.issuperset(map(type, tensors))
+
+
+def refuse_batched(operator: str, *grads: Tensor | None) -> None:
+    """Raise for gradients of vmap or of is_grads_batched: kernels read addresses, and those have none."""
+    for grad in grads:
+        if grad is not None and (is_batchedtensor(grad) or is_legacy_batchedtensor(grad)):
+            raise NotImplementedError(f"gradients of {operator} are batched only with backend='torch'.")
 
 
 def is_plain(tensor: Tensor | None) -> bool:
@@ -51,6 +59,6 @@ def is_exporting() -> bool:
 
 def left_by_vmap(tensor: Tensor) -> bool:
     """Whether the tensor holds the samples of a torch.func.vmap that has ended."""
-    if torch.compiler.is_compiling() or not torch._C._functorch.is_batchedtensor(tensor):
+    if torch.compiler.is_compiling() or not is_batchedtensor(tensor):
         return False
     return torch._C._functorch.maybe_get_level(tensor) > (torch._C._functorch.maybe_current_level() or 0)

@@ -26,8 +26,8 @@ def can_fuse(bn: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module would run anything besides its forward and what autograd recorded of it."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks)
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def table_of(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..backends import resolve
+from ..backends import is_transformed, resolve
 from ..kernels.packing import reference
 from ._dispatch import kernel_module
 
@@ -113,7 +113,7 @@ def wanted() -> bool:
     """Whether neurons that fire now should pack their spikes."""
     if torch.compiler.is_compiling():
         return False
-    return getattr(_here, "context", None) is not None and torch.is_grad_enabled()
+    return getattr(_here, "context", None) is not None and torch.is_grad_enabled() and not is_transformed()
 
 
 def keep(spikes: Tensor, packed: Tensor) -> None:

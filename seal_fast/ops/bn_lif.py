@@ -25,7 +25,7 @@ from ._arguments import (
     require_per_channel,
     shape,
 )
-from ._dispatch import is_eager, kernel_module
+from ._dispatch import is_eager, kernel_module, refuse_batched
 from ._normalise import can_fuse, table_of
 from .lif import lif as lif_operator
 
@@ -346,6 +346,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_spikes, grad_m, _):
+        refuse_batched("bn_lif", grad_spikes, grad_m)
         # Where a graph of the backward pass is asked for, the registered operator refuses to be differentiated again.
         registered = torch.is_grad_enabled() and ctx.group is None
         run = _bn_lif_backward if registered else functools.partial(_run_backward, group=ctx.group)

@@ -14,7 +14,7 @@ from ..kernels.packing.reference import bytes_of, pack
 from ..kernels.surrogate.reference import Surrogate
 from . import _neuron, _packed
 from ._arguments import neuron_options, require_device, require_float_tensor, require_per_channel, shape
-from ._dispatch import is_eager, kernel_module
+from ._dispatch import is_eager, kernel_module, refuse_batched
 
 
 def lif(
@@ -165,7 +165,9 @@ def _backward(ctx, grad_spikes, grad_v_last, _):
     try:
         x, v_init, tau_tensor, threshold_tensor = ctx.saved_tensors
     except RuntimeError as error:
-        raise RuntimeError(_explained(error)) from None
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(_SECOND_TIME) from None
     if grad_spikes is None:
         grad_spikes = torch.zeros_like(x[:1]).expand_as(x)
     if not ctx.keep_v:
@@ -193,6 +195,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        refuse_batched("lif", *grads)
         if not torch.is_grad_enabled():  # else the operator refuses to be differentiated again
             ctx.run = _run_backward
         return _backward(ctx, *grads)
@@ -208,10 +211,8 @@ class _Carried(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_v):
-        try:
-            _read_saved(ctx.node)
-        except RuntimeError as error:
-            raise RuntimeError(_explained(error)) from None
+        if torch._C._will_engine_execute_node(ctx.node):
+            _require_saved(ctx.node)
         return grad_v
 
 
@@ -221,26 +222,25 @@ def _carried(v: Tensor | None) -> Tensor | None:
     return v if torch.compiler.is_compiling() or is_transformed() else _Carried.apply(v)
 
 
-def _read_saved(node: torch.autograd.graph.Node, most: int = 32) -> None:
-    """Read what a graph's last nodes, `most` of them, saved; torch raises where a backward pass has freed it."""
+def _require_saved(node: torch.autograd.graph.Node, most: int = 16) -> None:
+    """Raise where the saved tensors of the spike function, one of a graph's last nodes, have been freed."""
     nodes = [node]
     for node in nodes:  # which grows
-        for name in dir(node):
-            if name == "saved_tensors" or name.startswith("_saved_"):
-                getattr(node, name)
+        if hasattr(type(node), "_raw_saved_tensors"):
+            try:
+                node._raw_saved_tensors  # noqa: B018  unlike saved_tensors it calls no hook
+            except RuntimeError as error:
+                raise RuntimeError(_SECOND_TIME) from error
+            return
         nodes += [following for following, _ in node.next_functions if following and len(nodes) < most]
 
 
-def _explained(error: RuntimeError) -> str:
-    """The error of saved tensors, in a neuron's terms where it says that they are gone."""
-    if "second time" not in str(error):
-        return str(error)
-    return (
-        "backward came a second time to a call of spiking neurons, whose saved tensors the first pass has freed. Where "
-        "their potential was carried on from the call before, seal_fast.nn.reset_net(network) before each batch lets "
-        "them start at rest, and detach_net(network) keeps the potential without its graph; else pass "
-        "retain_graph=True to the first pass."
-    )
+_SECOND_TIME = (
+    "backward came a second time to a call of spiking neurons, whose saved tensors the first pass has freed. Where "
+    "their potential was carried on from the call before, seal_fast.nn.reset_net(network) before each batch lets them "
+    "start at rest, and detach_net(network) keeps the potential without its graph; else pass retain_graph=True to the "
+    "first pass."
+)
 
 
 def _refuse_second_derivative(ctx, *grads):

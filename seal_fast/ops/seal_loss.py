@@ -11,7 +11,7 @@ from ..backends import resolve
 from ..kernels.lif.reference import state_dtype
 from ..kernels.seal_loss import reference
 from ._arguments import require_dense, require_device, require_float_tensor, require_number, shape
-from ._dispatch import is_eager, kernel_module
+from ._dispatch import is_eager, kernel_module, refuse_batched
 
 OBJECTIVES = ("seal", "kd", "tdkd")
 
@@ -128,7 +128,8 @@ def _require_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
         raise TypeError(f"labels must be a tensor of class indices [B]; got {type(labels).__name__}.")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32; got {labels.dtype}.")
-    require_dense("labels", labels)
+    if labels.layout is not torch.strided:
+        require_dense("labels", labels)
     require_device("labels", labels, "logits", logits)
     if labels.shape != (B,):
         raise ValueError(f"labels must be [{B}] for logits {shape(logits)}; got {shape(labels)}.")
@@ -234,6 +235,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
+        refuse_batched("seal_loss", grad_loss)
         grad, ctx.grad = ctx.grad, None
         if grad is None:  # the graph was retained for another pass
             _, grad = _run(*ctx.saved_tensors, *ctx.arguments)

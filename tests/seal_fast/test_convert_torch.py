@@ -119,14 +119,6 @@ def test_spikingjellys_checkpoints_run_without_fusion(chunks):
     assert any(gradient.abs().max() > 0 for gradient in results[0])
 
 
-def test_checkpoints_of_single_steps_are_refused_in_a_sentence():
-    node = seal_fast.nn.LIFNode(step_mode="s")
-    x = X.clone().requires_grad_()
-    spikes = checkpoint(lambda x: torch.stack([node(x_t) for x_t in x]), x, use_reentrant=False)
-    with pytest.raises(RuntimeError, match="gradient checkpointing needs neurons that are called once between resets"):
-        spikes.sum().backward()
-
-
 def test_a_neuron_as_a_function_of_its_memories_is_one_within_a_backward_pass_too():
     node, seen = seal_fast.nn.LIFNode(), []
     x = X.clone().requires_grad_()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from seal_fast import bn_lif, lif, seal_loss, selective_alignment_weights
+from seal_fast import bn_lif, lif, packed_spikes, seal_loss, selective_alignment_weights
 from seal_fast.backends import available
 from seal_fast.kernels.surrogate.reference import SURROGATES, Surrogate
 from seal_fast.nn import IFNode, LIFNode, ParametricLIFNode, reset_net
@@ -139,6 +139,45 @@ def test_kernels_that_are_named_refuse_in_a_sentence(mode, backend):
                     function(forward_ad.make_dual(x, x))
     with refused("selective_alignment_weights"):
         torch.func.vmap(lambda z: selective_alignment_weights(z, backend=backend))(normal(1, 4, 3, 6))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gradients_in_a_batch(operator):
+    function, x = OPERATORS[operator]("torch")
+    leaf = x.requires_grad_()
+    upstream = torch.tensor([1.0, -2.0], dtype=DOUBLE)
+    (found,) = torch.autograd.grad(function(leaf), leaf, upstream, is_grads_batched=True)
+    (expected,) = torch.autograd.grad(function(leaf), leaf)
+    torch.testing.assert_close(found, torch.stack([expected, -2 * expected]), rtol=1e-12, atol=1e-15)
+    if not KERNELS:
+        return
+    with pytest.raises(NotImplementedError, match=f"gradients of {operator} are batched only with backend='torch'"):
+        torch.autograd.grad(OPERATORS[operator](KERNELS[-1])[0](leaf), leaf, upstream, is_grads_batched=True)
+
+
+def test_forward_mode_within_a_compiled_function_is_right_or_refused():
+    def tangent(x):
+        return torch.func.jvp(lambda x: lif(x)[0], (x,), (torch.ones_like(x),))[1]
+
+    x = normal(4, 3, 5) * 2
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(tangent, backend="eager")(x), tangent(x))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(tangent, fullgraph=True, backend="eager")(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: lif(x)[0], backend="eager")
+    found = torch.func.jvp(compiled, (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(found, tangent(x))
+
+
+def test_packed_spikes_are_left_to_torch_within_a_transform():
+    x = (normal(2, 4, 3) * 3).requires_grad_()
+    with packed_spikes():
+        found = torch.func.vmap(lambda x: lif(x)[0].square())(x)
+    assert torch.equal(found, torch.stack([lif(each)[0] for each in x]))
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("node", [LIFNode, IFNode, ParametricLIFNode])
