@@ -170,8 +170,7 @@ class BaseNode(MemoryModule):
         return v
 
     def _before_call(self) -> float | Tensor | type[_Unknown]:
-        v = self._memories["v"]
-        return self._calls.start(v) if self._is_recorded() and is_backward() else v
+        return self._calls.start(self._memories["v"]) if self._is_recorded() and is_backward() else self._memories["v"]
 
     @property
     def _calls(self) -> Calls:
@@ -231,7 +230,9 @@ class BaseNode(MemoryModule):
 
     def detach(self) -> None:
         """Keep the potential, but cut its graph: for backpropagation through time in parts."""
-        if self._repeating() is not None:
+        record = self._repeating()
+        if record is not None:
+            record.v = record.v.detach() if isinstance(record.v, Tensor) else record.v
             return
         super().detach()
         if self.v_seq is not None:

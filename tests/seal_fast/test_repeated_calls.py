@@ -111,6 +111,15 @@ def reset_within(layer, call):
     weighted(call(function, leaf(X[0]))).backward()
 
 
+def detach_within(layer, call):
+    def function(x):
+        first = layer(x)
+        detach_net(layer)
+        return first + layer(2 * x)
+
+    weighted(call(function, leaf(X[0]))).backward()
+
+
 def potential_as_output(layer, call):
     weighted(call(lambda x: layer(x) + layer.node.v.square(), leaf(X[0]))).backward()
     detach_net(layer)
@@ -142,12 +151,13 @@ RIGHT = {
     "several calls": several_calls,
     "single steps": single_steps,
     "a reset and a potential by hand within": reset_within,
+    "a detach within": detach_within,
     "a potential as an output": potential_as_output,
     "no gradient before the neuron": no_gradient_before_the_neuron,
 }
 # What torch 2.6 does not tell of checkpoints that are not reentrant; every case of two calls, besides.
 NEEDS_HOOKS = {
-    *("several calls", "single steps", "a potential with its graph", "a potential as an output"),
+    *("several calls", "single steps", "a detach within", "a potential with its graph", "a potential as an output"),
     *("the former of two calls alone", "a reset and a potential by hand within"),
     *(name for name in RIGHT if "two calls" in name),
 }
