@@ -35,8 +35,8 @@ class Memory {
   template <typename Action>
   bool got(Action action) {
     if (status_of(action) == DONE) return true;
-#pragma omp atomic write
-    failed = 1;
+#pragma omp atomic
+    failed |= 1;
     return false;
   }
 

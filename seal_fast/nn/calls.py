@@ -1,10 +1,10 @@
-"""Calls of a neuron that gradient checkpointing repeats: each must start from the potential from which it did at first.
+"""Calls of a neuron that gradient checkpointing repeats: they must start from where they did at first.
 
 A checkpoint calls the network once more within the backward pass, when the neuron's potential is that after its last
 call, or after a reset or detach. Both kinds of torch.utils.checkpoint can be told from what is active during a call:
-the hook for saved tensors of a checkpoint with use_reentrant=False, whose frame the repeated calls' hook refers to; and
-the node of one with use_reentrant=True. Under each, the neuron records where its calls started, as long as the frame or
-node lives. Calls under anything else that repeats them are told by their number alone.
+the hooks for saved tensors of one with use_reentrant=False, whose frame those of its repetition refer to; and the node
+of one with use_reentrant=True. Under each that is running, the neuron records where its first call started, as long as
+the frame or node lives. Under anything else that repeats calls, the last call is taken to be the one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 does not tell
+_HOOKS = torch._C._autograd
+_top_hooks = getattr(_HOOKS, "_top_saved_tensors_default_hooks", None)  # torch 2.6 does not tell
 _FUNCTION = inspect.unwrap(CheckpointFunction.forward).__code__
+_Node = CheckpointFunction._backward_cls
 
 
 def is_backward() -> bool:
@@ -30,7 +32,8 @@ class Calls:
     """The calls of one neuron."""
 
     def __init__(self):
-        self._of_checkpoint: weakref.WeakKeyDictionary[object, Record] = weakref.WeakKeyDictionary()
+        self._records: weakref.WeakKeyDictionary[object, Record] = weakref.WeakKeyDictionary()  # of checkpoints
+        self._cut: Record | None = None  # of the reentrant checkpoint that left the potential, without its graph
         self._count = 0  # calls since the last end before the last of them
         self._start: float | Tensor | None = None  # of the last call; None: it is not known any more
         self._earlier: float | Tensor | None = None  # of the last call before that end
@@ -39,9 +42,12 @@ class Calls:
 
     def add(self, start: float | Tensor | type) -> None:
         """Record a call, not one that is repeated, that started from the potential `start`."""
-        checkpoint, _ = _checkpoint()
-        if checkpoint is not None and checkpoint not in self._of_checkpoint:
-            self._of_checkpoint[checkpoint] = Record(start)
+        running, _ = _checkpoints()
+        records = {checkpoint: self._record(checkpoint, start) for checkpoint in running}
+        cut = isinstance(start, Tensor) and start.grad_fn is None  # it has one where it is an output of the checkpoint
+        if cut and self._cut not in (None, *records.values()) and (torch.is_grad_enabled() or running):
+            self._cut.followed = True
+        self._cut = next((record for checkpoint, record in records.items() if isinstance(checkpoint, _Node)), None)
         if self._ended:
             self._earlier = self._start if self._count == 1 else None
             self._count, self._ended = 0, False
@@ -53,7 +59,7 @@ class Calls:
 
         A start with a graph, whose memory would stay, is forgotten.
         """
-        self._ended = True
+        self._ended, self._cut = True, None
         if isinstance(self._start, Tensor) and self._start.grad_fn is not None:
             self._start = None
 
@@ -63,11 +69,12 @@ class Calls:
         Raises:
             RuntimeError: Calls that started from different potentials may be the repeated one, or none was recorded.
         """
-        record, repeats = self._record()
-        if record is not None:
+        _, repeating = _checkpoints()
+        if repeating is not None:
+            record = self._records.get(repeating)
+            if record is None or record.followed:
+                raise RuntimeError(_NOT_RECORDED if record is None else _CUT)
             return record.v
-        if repeats:
-            raise RuntimeError(_NOT_RECORDED)
         if not self._count:
             return now
         other = self._repeated == torch._C._current_graph_task_id() and not _equal(self._start, self._earlier)
@@ -77,32 +84,37 @@ class Calls:
 
     def repeat(self, start: float | Tensor | type, v: Tensor | type) -> bool:
         """Record that a call within a backward pass came from `start` to v; whether the neuron keeps its potential."""
-        record, _ = self._record()
-        if record is not None:
-            record.v = v
+        running, repeating = _checkpoints()
+        for checkpoint in running:  # within what is repeated
+            self._record(checkpoint, start)
+        if repeating is not None:
+            self._records[repeating].v = v
             return True
-        checkpoint, _ = _checkpoint()
-        if checkpoint is not None and checkpoint not in self._of_checkpoint:  # it is within one that is repeated
-            self._of_checkpoint[checkpoint] = Record(start)
         self._repeated = torch._C._current_graph_task_id()
         return self._count > 0
 
     def repeating(self) -> Record | None:
         """The record of the checkpoint that is repeating calls now, which holds the potential meanwhile."""
-        return self._record()[0]
+        _, repeating = _checkpoints()
+        return None if repeating is None else self._records.get(repeating)
 
-    def _record(self) -> tuple[Record | None, bool]:
-        """Of the checkpoint that is repeating calls now, and whether there is one."""
-        checkpoint, repeats = _checkpoint()
-        return (self._of_checkpoint.get(checkpoint) if repeats else None), repeats
+    def _record(self, checkpoint: object, start: float | Tensor | type) -> Record:
+        if checkpoint not in self._records:
+            self._records[checkpoint] = Record(start)
+        return self._records[checkpoint]
 
 
 class Record:
-    """Where the first call under a checkpoint started, and the potential while a backward pass repeats its calls."""
+    """Where the first call under a checkpoint started, and the potential while a backward pass repeats its calls.
+
+    Attributes:
+        followed: Whether a call started from the potential that a reentrant checkpoint left, whose gradient is lost.
+    """
 
     def __init__(self, start: float | Tensor | type):
-        # Without its graph, which would keep the checkpoint alive. Under a reentrant one no graph refers to it, and the
-        # gradient of the potential takes its way through that of the repeated calls.
+        self.followed = False
+        # Without its graph, which may refer to the checkpoint and would keep it alive. Under a reentrant one no graph
+        # refers to it, and it is the repeated calls that give the potential its gradient.
         if isinstance(start, Tensor) and torch.is_grad_enabled():
             start = start.detach().requires_grad_(start.requires_grad)
         self._start = start
@@ -122,25 +134,51 @@ class Record:
         self._task, self._v = torch._C._current_graph_task_id(), value
 
 
-def _checkpoint() -> tuple[object | None, bool]:
-    """The innermost checkpoint of torch's that is running, if any, and whether it is repeating calls."""
-    hooks = _top_hooks(False) if _top_hooks else None
-    if hooks:
-        for cell in getattr(inspect.unwrap(hooks[0]), "__closure__", None) or ():
+def _checkpoints() -> tuple[list[object], object | None]:
+    """Checkpoints of torch's that are running now, and the innermost one that is repeating its calls."""
+    running, repeating = _by_hooks() if _top_hooks and _top_hooks(False) else ([], None)
+    if repeating is None and is_backward() and isinstance(torch._C._current_autograd_node(), _Node):
+        repeating = torch._C._current_autograd_node()
+    # A Function's forward switches forward-mode AD off, which no_grad does not.
+    if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():
+        caller = sys._getframe(1)
+        while caller is not None:
+            if caller.f_code is _FUNCTION:
+                running.append(caller.f_locals["ctx"])
+            caller = caller.f_back
+    return running, repeating
+
+
+def _by_hooks() -> tuple[list[object], object | None]:
+    """The same, of those that are not reentrant."""
+    running, popped = [], []
+    try:
+        while hooks := _top_hooks(False):
+            frame, repeats = _frame(hooks[0])
+            if repeats:
+                return running, frame
+            if frame is not None:
+                running.append(frame)
+            _HOOKS._pop_saved_tensors_default_hooks()
+            popped.append(hooks)
+        return running, None
+    finally:
+        for hooks in reversed(popped):
+            _HOOKS._push_saved_tensors_default_hooks(*hooks)
+
+
+def _frame(hook) -> tuple[object | None, bool]:
+    """The frame of the checkpoint whose hook it is, and whether that repeats calls."""
+    for cell in getattr(inspect.unwrap(hook), "__closure__", None) or ():
+        try:
             held = cell.cell_contents
-            repeats = isinstance(held, weakref.ref)
-            frame = held() if repeats else held
-            if type(frame).__name__ == "_CheckpointFrame":
-                return frame, repeats
-    if is_backward():
-        node = torch._C._current_autograd_node()
-        return (node, True) if isinstance(node, CheckpointFunction._backward_cls) else (None, False)
-    if torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled():  # a Function's forward switches both off
-        return None, False
-    caller = sys._getframe(1)
-    while caller is not None and caller.f_code is not _FUNCTION:
-        caller = caller.f_back
-    return (None if caller is None else caller.f_locals["ctx"]), False
+        except ValueError:  # it is empty yet
+            continue
+        repeats = isinstance(held, weakref.ref)
+        frame = held() if repeats else held
+        if type(frame).__name__ == "_CheckpointFrame":
+            return frame, repeats
+    return None, False
 
 
 def _equal(left, right) -> bool:
@@ -155,4 +193,8 @@ _AMBIGUOUS = (
 _NOT_RECORDED = (
     "gradient checkpointing repeats a call of this neuron that was compiled, or was not made at first: torch.compile "
     "may compile a network with checkpoints, but a checkpoint cannot repeat a compiled one."
+)
+_CUT = (
+    "a checkpoint with use_reentrant=True cuts the graph of the potential that its call leaves, so that a call that "
+    "starts from it would lose its gradient: use use_reentrant=False, or detach_net or reset_net between the calls."
 )

@@ -124,7 +124,7 @@ class BaseNode(MemoryModule):
         steps = x.unsqueeze(0)
         spikes, v = ops.lif(steps, v_init=self._start(steps), **self.options)
         self._keep(v)
-        if self.store_v_seq and not self._is_function:
+        if self.store_v_seq and not self._is_function and self._repeating() is None:
             v_seq = self.v_seq
             self.v_seq = v.unsqueeze(0) if v_seq is None else torch.cat((v_seq, v.unsqueeze(0)))
         return spikes.squeeze(0)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import seal_fast
 from seal_fast.nn import IFNode, LIFNode, ParametricLIFNode, calls, detach_net, reset_net
 
 pytestmark = pytest.mark.usefixtures("each_backend")
@@ -168,11 +169,17 @@ CASES = [
     for way in ("not reentrant", "reentrant")
     if (name, way) != ("no gradient before the neuron", "reentrant")
 ]
-CHECKPOINTS = {
-    "not reentrant": lambda f, x: checkpoint(f, x, use_reentrant=False),
-    "reentrant": lambda f, x: checkpoint(f, x, use_reentrant=True),
-    "nested": lambda f, x: checkpoint(lambda x: checkpoint(f, x, use_reentrant=False), x, use_reentrant=False),
-}
+
+
+def reentrant(f, x):
+    return checkpoint(f, x, use_reentrant=True)
+
+
+def not_reentrant(f, x):
+    return checkpoint(f, x, use_reentrant=False)
+
+
+CHECKPOINTS = {"not reentrant": not_reentrant, "reentrant": reentrant}
 
 
 @pytest.mark.parametrize("kind", [LIFNode, IFNode, ParametricLIFNode])
@@ -190,14 +197,89 @@ def test_a_checkpoint_gives_the_gradient_of_no_checkpoint(name, way, kind):
         torch.testing.assert_close(got, right)
 
 
-@pytest.mark.parametrize("name", ["detach, then backward", "backward, then reset", "a call that is not at rest"])
-def test_a_checkpoint_within_another_one(name):
+NESTED = {
+    "not reentrant within not reentrant": lambda f, x: not_reentrant(lambda x: not_reentrant(f, x).sin() * x, x),
+    "reentrant within not reentrant": lambda f, x: not_reentrant(lambda x: reentrant(f, x).sin() * x, x),
+    "not reentrant within reentrant": lambda f, x: reentrant(lambda x: not_reentrant(f, x).sin() * x, x),
+    "reentrant within reentrant": lambda f, x: reentrant(lambda x: reentrant(f, x).sin() * x, x),
+}
+OFTEN = ["detach, then backward", "backward, then reset", "a call that is not at rest", "the former of two calls alone"]
+
+
+@pytest.mark.parametrize("way", NESTED)
+@pytest.mark.parametrize("name", [*OFTEN, "detach between two calls, one backward", "several calls", "single steps"])
+def test_a_checkpoint_within_another_one(name, way):
+    if calls._top_hooks is None:
+        pytest.skip("this torch does not tell which of its checkpoints repeats a call")
     results = []
-    for call in (lambda f, x: f(x), CHECKPOINTS["nested"]):
+    for call in (lambda f, x: f(x).sin() * x, NESTED[way]):
         layer = Layer()
         RIGHT[name](layer, call)
         results.append(layer.linear.weight.grad)
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("hooks", [seal_fast.packed_spikes, torch.autograd.graph.save_on_cpu])
+@pytest.mark.parametrize("name", OFTEN)
+def test_hooks_for_saved_tensors_within_a_checkpoint(name, hooks):
+    if calls._top_hooks is None:
+        pytest.skip("this torch does not tell which of its checkpoints repeats a call")
+
+    def within(f, x):
+        def function(x):
+            with hooks():
+                spikes = f(x)
+            return spikes.sin() * x
+
+        return not_reentrant(function, x)
+
+    results = []
+    for call in (lambda f, x: f(x).sin() * x, within):
+        layer = Layer()
+        RIGHT[name](layer, call)
+        results.append(layer.linear.weight.grad)
+    torch.testing.assert_close(*results)
+
+
+def test_a_hook_with_an_empty_cell_is_no_checkpoints():
+    def run():
+        def pack(tensor):
+            try:
+                return later or tensor
+            except NameError:
+                return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            spikes = Layer()(leaf(X[0]))
+        later = None
+        return spikes
+
+    assert run().requires_grad
+
+
+@pytest.mark.parametrize("second", [reentrant, lambda f, x: f(x)], ids=["reentrant", "none"])
+def test_a_potential_that_a_reentrant_checkpoint_cut_is_refused(second):
+    layer = Layer()
+    loss = weighted(reentrant(layer, leaf(X[0]))) + weighted(second(layer, leaf(X[1])))
+    with pytest.raises(RuntimeError, match=r"cuts the graph of the potential .* use use_reentrant=False"):
+        loss.backward()
+    with torch.no_grad():
+        reset_net(layer)
+        layer(X[2])
+    reset_net(layer)
+    loss = weighted(reentrant(layer, leaf(X[0])))
+    with torch.no_grad():
+        layer(X[2])
+    loss.backward()
+
+
+def test_recorded_potentials_are_those_of_the_first_calls():
+    layer = Layer(step_mode="s", store_v_seq=True)
+    spikes = not_reentrant(lambda x: torch.stack([layer(x_t) for x_t in x]), leaf(X[0]))
+    before = layer.node.v_seq
+    weighted(spikes).backward()
+    assert layer.node.v_seq is before
+    assert len(before) == len(X[0])
 
 
 def test_what_repeats_calls_and_is_not_known_is_refused_where_it_is_ambiguous():
@@ -283,4 +365,4 @@ def test_the_record_of_calls_keeps_no_graph_alive(way, step_mode):
     reset_net(layer)
     gc.collect()
     assert [mark() for mark in alive] == [None] * 10
-    assert len(layer.node._calls._of_checkpoint) == 0
+    assert len(layer.node._calls._records) == 0
