@@ -72,8 +72,11 @@ def update_running_statistics(
     momentum = bn.momentum
     if momentum is None:
         momentum = 0.0 if bn.num_batches_tracked is None else 1.0 / bn.num_batches_tracked.to(mean.dtype)
-    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
-    bn.running_var.lerp_(variance.to(bn.running_var.dtype) * (count / (count - 1)), momentum)
+    for running, batch in ((bn.running_mean, mean), (bn.running_var, variance * (count / (count - 1)))):
+        if running.dtype == batch.dtype:
+            running.lerp_(batch, momentum)
+        else:  # in 16 bits it is rounded once
+            running.copy_(running.to(batch.dtype).lerp(batch, momentum))
 
 
 def membrane_input(

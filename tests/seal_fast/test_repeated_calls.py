@@ -274,6 +274,8 @@ def test_a_potential_that_a_reentrant_checkpoint_cut_is_refused(second):
 
 
 def test_recorded_potentials_are_those_of_the_first_calls():
+    if calls._top_hooks is None:
+        pytest.skip("this torch does not tell which of its checkpoints repeats a call")
     layer = Layer(step_mode="s", store_v_seq=True)
     spikes = not_reentrant(lambda x: torch.stack([layer(x_t) for x_t in x]), leaf(X[0]))
     before = layer.node.v_seq
