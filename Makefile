@@ -33,7 +33,7 @@ long: $(VENV)/.test
 	$(BIN)/python -m pytest -m long
 
 sanitize: $(VENV)/.test
-	@echo "==> The native kernels under sanitizers, a copy for each instruction set; six minutes on two idle cores."
+	@echo "==> The native kernels under sanitizers, a copy for each instruction set; four minutes on two idle cores."
 	$(BIN)/python tests/support/sanitize.py
 
 # With the Python that is active: it has the torch that fits the GPU, and nothing is fetched. ARGUMENTS="--stages smoke"
