@@ -59,6 +59,11 @@ def is_exporting() -> bool:
 
 def left_by_vmap(tensor: Tensor) -> bool:
     """Whether the tensor holds the samples of a torch.func.vmap that has ended."""
-    if torch.compiler.is_compiling() or not is_batchedtensor(tensor):
+    if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.maybe_get_level(tensor) > (torch._C._functorch.maybe_current_level() or 0)
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if is_batchedtensor(tensor) and functorch.maybe_get_level(tensor) > (functorch.maybe_current_level() or 0):
+            return True
+        tensor = functorch.get_unwrapped(tensor)  # what another transform wrapped
+    return False

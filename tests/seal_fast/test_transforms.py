@@ -204,6 +204,10 @@ def test_a_potential_that_vmap_left_is_named():
     with pytest.raises(RuntimeError, match=r"v was left by a call within torch\.func\.vmap.*reset_net"):
         node(x)
     node.reset()
+    torch.func.vmap(torch.func.grad(lambda x: node(x).sum()))(normal(2, 4, 3))
+    with pytest.raises(RuntimeError, match=r"v was left by a call within torch\.func\.vmap.*reset_net"):
+        node(x)
+    node.reset()
     assert torch.equal(node(x), LIFNode()(x))
     node.reset()
     torch.func.grad(lambda x: node(x).sum())(x)
