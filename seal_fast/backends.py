@@ -121,7 +121,7 @@ def _resolve_transformed(backend, operator, default) -> str:
     if backend not in ("auto", "torch"):
         raise ValueError(
             f"backend {backend!r} cannot run {operator} in a transform of torch.func, nor in forward-mode AD; 'torch' "
-            "can, and 'auto' takes it there."
+            "can, and 'auto' takes it there unless SEAL_FAST_BACKEND names another."
         )
     return "torch"
 

@@ -29,14 +29,13 @@ def require_float_tensor(name: str, value: object, layout: str) -> None:
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {value.dtype}.")
     if value.layout is not torch.strided or value.is_nested:
-        require_dense(name, value)
+        raise not_dense(name, value)
 
 
-def require_dense(name: str, value: torch.Tensor) -> None:
-    """A tensor whose elements lie in memory at strides; neither sparse nor nested."""
-    if value.layout is not torch.strided or value.is_nested:
-        layout = "a nested one" if value.is_nested else str(value.layout)
-        raise TypeError(f"{name} must be a dense tensor, as {name}.to_dense() is; got {layout}.")
+def not_dense(name: str, value: torch.Tensor) -> TypeError:
+    """The error of a sparse or nested tensor, whose elements do not lie in memory at strides."""
+    layout = "a nested one" if value.is_nested else str(value.layout)
+    return TypeError(f"{name} must be a dense tensor, as {name}.to_dense() is; got {layout}.")
 
 
 def require_device(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:

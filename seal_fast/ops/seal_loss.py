@@ -10,7 +10,7 @@ import torch
 from ..backends import resolve
 from ..kernels.lif.reference import state_dtype
 from ..kernels.seal_loss import reference
-from ._arguments import require_dense, require_device, require_float_tensor, require_number, shape
+from ._arguments import not_dense, require_device, require_float_tensor, require_number, shape
 from ._dispatch import is_eager, kernel_module, refuse_batched
 
 OBJECTIVES = ("seal", "kd", "tdkd")
@@ -129,7 +129,7 @@ def _require_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32; got {labels.dtype}.")
     if labels.layout is not torch.strided:
-        require_dense("labels", labels)
+        raise not_dense("labels", labels)
     require_device("labels", labels, "logits", logits)
     if labels.shape != (B,):
         raise ValueError(f"labels must be [{B}] for logits {shape(logits)}; got {shape(labels)}.")

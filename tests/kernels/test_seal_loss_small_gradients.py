@@ -34,6 +34,7 @@ def test_what_float16_cannot_hold_before_it_is_scaled_is_kept(backend, objective
 def test_every_compiled_instruction_set_keeps_it(name, monkeypatch):
     runs = getattr(cpu.library(), f"seal_cpu_runs_{name}", None)
     if runs is None or not runs():
+        # An older processor would end the process at the first instruction that it does not know.
         pytest.skip(f"{name} was not compiled, or this processor does not run it")
     cpu.function.cache_clear()
     monkeypatch.setattr(cpu, "isa", lambda: name)

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    # The interpreter needs TRITON_INTERPRET=1 before the first import, so another process runs these tests.
     pytest.skip(
         "torch finds no GPU; test_seal_loss_triton.py runs this file in the interpreter", allow_module_level=True
     )

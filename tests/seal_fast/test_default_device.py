@@ -63,11 +63,10 @@ def test_bn_lif(residual, training, backend):
     node = LIFNode(backend=backend)
     y, added = normal(8, 3, 5, 5), normal(8, 3, 5, 5)
     bn, second = (nn.BatchNorm2d(3).train(training) for _ in range(2))
-    state = bn.state_dict()
+    state = {name: value.clone() for name, value in bn.state_dict().items()}
     options = {} if residual is None else {"residual": added}
     if residual == "normalised":
         options["residual_bn"] = second
-    state = {name: value.clone() for name, value in state.items()}
 
     def call():
         for module in (bn, second):

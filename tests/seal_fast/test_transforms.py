@@ -219,6 +219,7 @@ def test_a_potential_that_vmap_left_is_named():
 @pytest.mark.parametrize("operator", ["lif", "seal_loss"])
 def test_a_transform_within_a_compiled_function(operator, backend):
     if operator == "lif" and torch.__version__.startswith("2.6."):
+        # It takes a Function with setup_context, which transforms need, for one without.
         pytest.skip("torch 2.6 cannot trace an autograd.Function within a transform")
     function, x = OPERATORS[operator]("auto")
     torch._dynamo.reset()
