@@ -9,18 +9,17 @@ the frame or node lives. Under anything else that repeats calls, the last call i
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
+import types
 import weakref
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
 
 _HOOKS = torch._C._autograd
 _top_hooks = getattr(_HOOKS, "_top_saved_tensors_default_hooks", None)  # torch 2.6 does not tell
-_FUNCTION = inspect.unwrap(CheckpointFunction.forward).__code__
-_Node = CheckpointFunction._backward_cls
 
 
 def is_backward() -> bool:
@@ -47,7 +46,7 @@ class Calls:
         cut = isinstance(start, Tensor) and start.grad_fn is None  # it has one where it is an output of the checkpoint
         if cut and self._cut not in (None, *records.values()) and (torch.is_grad_enabled() or running):
             self._cut.followed = True
-        self._cut = next((record for checkpoint, record in records.items() if isinstance(checkpoint, _Node)), None)
+        self._cut = next((record for checkpoint, record in records.items() if _is_reentrant(checkpoint)), None)
         if self._ended:
             self._earlier = self._start if self._count == 1 else None
             self._count, self._ended = 0, False
@@ -137,16 +136,28 @@ class Record:
 def _checkpoints() -> tuple[list[object], object | None]:
     """Checkpoints of torch's that are running now, and the innermost one that is repeating its calls."""
     running, repeating = _by_hooks() if _top_hooks and _top_hooks(False) else ([], None)
-    if repeating is None and is_backward() and isinstance(torch._C._current_autograd_node(), _Node):
+    if repeating is None and is_backward() and _is_reentrant(torch._C._current_autograd_node()):
         repeating = torch._C._current_autograd_node()
     # A Function's forward switches forward-mode AD off, which no_grad does not.
     if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():
-        caller = sys._getframe(1)
+        forward, caller = _reentrant()[0], sys._getframe(1)
         while caller is not None:
-            if caller.f_code is _FUNCTION:
+            if caller.f_code is forward:
                 running.append(caller.f_locals["ctx"])
             caller = caller.f_back
     return running, repeating
+
+
+@functools.cache
+def _reentrant() -> tuple[types.CodeType, type]:
+    """What runs a checkpoint with use_reentrant=True, and its node in the graph."""
+    from torch.utils.checkpoint import CheckpointFunction  # not before it is needed: torch 2.6 imports SymPy with it
+
+    return inspect.unwrap(CheckpointFunction.forward).__code__, CheckpointFunction._backward_cls
+
+
+def _is_reentrant(checkpoint: object) -> bool:
+    return isinstance(checkpoint, _reentrant()[1])
 
 
 def _by_hooks() -> tuple[list[object], object | None]:
