@@ -27,6 +27,16 @@ def is_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def refuse_compiling_in_backward() -> None:
+    """Raise where a call that starts from a carried potential is compiled within a backward pass: a repeated one."""
+    if is_backward():
+        raise RuntimeError(_NOT_RECORDED)
+
+
+# Dynamo runs it while it compiles. torch.compiler.assume_constant_result says the same, but imports the compiler.
+refuse_compiling_in_backward._dynamo_marked_constant = True
+
+
 class Calls:
     """The calls of one neuron."""
 

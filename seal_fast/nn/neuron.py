@@ -13,7 +13,7 @@ from ..kernels.lif.reference import state_dtype
 from ..kernels.surrogate.reference import Surrogate
 from ..ops._arguments import NEURON_OPTIONS, as_surrogate, neuron_options, require_float_tensor, require_number
 from ..ops._dispatch import is_exporting, left_by_vmap
-from .calls import Calls, Record, is_backward
+from .calls import Calls, Record, is_backward, refuse_compiling_in_backward
 from .state import MemoryModule
 
 
@@ -44,9 +44,8 @@ class BaseNode(MemoryModule):
         if surrogate_function is None or isinstance(surrogate_function, str):
             surrogate_function = as_surrogate(surrogate_function or "sigmoid")
         # What does not depend on the kind of neuron; the options as a whole are checked where they are complete.
-        checked = neuron_options(2.0, True, v_threshold, v_reset, surrogate_function, detach_reset)
+        self.v_reset = neuron_options(2.0, True, v_threshold, v_reset, surrogate_function, detach_reset)["v_reset"]
         self.v_threshold = v_threshold
-        self.v_reset = checked["v_reset"]
         self.surrogate_function = surrogate_function
         self.detach_reset = detach_reset
         self.backend = backend
@@ -160,6 +159,8 @@ class BaseNode(MemoryModule):
             raise RuntimeError(_NOT_KEPT)
         if not isinstance(v, Tensor):
             return None if v == self._rest else x.new_full(x.shape[1:], v, dtype=state_dtype(x.dtype))
+        if torch.compiler.is_compiling() and not self._is_function:
+            refuse_compiling_in_backward()
         if left_by_vmap(v):
             raise RuntimeError("v was left by a call within torch.func.vmap, which has ended: call reset_net(network).")
         if v.shape != x.shape[1:]:
@@ -213,10 +214,9 @@ class BaseNode(MemoryModule):
         """Be an instance of the class that `convert` found, and of no other."""
         if self._memories["v"] is _Unknown:
             self._memories["v"] = self._memories_rv["v"]
-        original = self._original
-        for name in ("_original", "_chosen_backend", "_recorded"):
+        for name in ("_chosen_backend", "_recorded"):
             self.__dict__.pop(name, None)
-        object.__setattr__(self, "__class__", original)
+        object.__setattr__(self, "__class__", self.__dict__.pop("_original"))
 
     def reset(self) -> None:
         """Forget the membrane potential: the next call starts at rest."""

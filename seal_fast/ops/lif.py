@@ -217,9 +217,9 @@ class _Carried(torch.autograd.Function):
 
 
 def _carried(v: Tensor | None) -> Tensor | None:
-    if v is None or v.grad_fn is None or not torch.is_grad_enabled():
+    if v is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return v
-    return v if torch.compiler.is_compiling() or is_transformed() else _Carried.apply(v)
+    return v if v.grad_fn is None or is_transformed() else _Carried.apply(v)
 
 
 def _require_saved(node: torch.autograd.graph.Node, most: int = 16) -> None:

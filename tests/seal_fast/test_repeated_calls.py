@@ -310,6 +310,16 @@ def test_what_repeats_calls_and_is_not_known_is_refused_where_it_is_ambiguous():
         loss.backward()
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("way", CHECKPOINTS)
+def test_a_checkpoint_that_repeats_a_compiled_call_is_refused(way, fullgraph):
+    torch._dynamo.reset()
+    compiled = torch.compile(Layer(), fullgraph=fullgraph, backend="aot_eager")
+    loss = weighted(CHECKPOINTS[way](compiled, leaf(X[0])))
+    with pytest.raises(RuntimeError, match="a checkpoint cannot repeat a compiled one"):
+        loss.backward()
+
+
 def test_calls_within_a_backward_pass_that_repeat_nothing_carry_the_potential():
     node, spikes = LIFNode(step_mode="s"), []
     x = leaf(torch.ones(3))
