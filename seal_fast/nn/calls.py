@@ -45,6 +45,7 @@ class Calls:
         self._cut: Record | None = None  # of the reentrant checkpoint that left the potential, without its graph
         self._count = 0  # calls since the last end before the last of them
         self._start: float | Tensor | None = None  # of the last call; None: it is not known any more
+        self._start_has_graph = False  # asked for when it is recorded: Dynamo, which may trace the end, cannot ask
         self._earlier: float | Tensor | None = None  # of the last call before that end
         self._ended = False  # whether an end followed
         self._repeated = -1  # the last graph task that repeated a call of no checkpoint of torch's
@@ -53,7 +54,8 @@ class Calls:
         """Record a call, not one that is repeated, that started from the potential `start`."""
         running, _ = _checkpoints()
         records = {checkpoint: self._record(checkpoint, start) for checkpoint in running}
-        cut = isinstance(start, Tensor) and start.grad_fn is None  # it has one where it is an output of the checkpoint
+        has_graph = isinstance(start, Tensor) and start.grad_fn is not None
+        cut = isinstance(start, Tensor) and not has_graph  # it has one where it is an output of the checkpoint
         if cut and self._cut not in (None, *records.values()) and (torch.is_grad_enabled() or running):
             self._cut.followed = True
         self._cut = next((record for checkpoint, record in records.items() if _is_reentrant(checkpoint)), None)
@@ -61,7 +63,7 @@ class Calls:
             self._earlier = self._start if self._count == 1 else None
             self._count, self._ended = 0, False
         self._count += 1
-        self._start = start
+        self._start, self._start_has_graph = start, has_graph
 
     def end(self) -> None:
         """Record that the potential is another than the last call left: after a reset, a detach, or one set by hand.
@@ -69,8 +71,8 @@ class Calls:
         A start with a graph, whose memory would stay, is forgotten.
         """
         self._ended, self._cut = True, None
-        if isinstance(self._start, Tensor) and self._start.grad_fn is not None:
-            self._start = None
+        if self._start_has_graph:
+            self._start, self._start_has_graph = None, False
 
     def start(self, now: float | Tensor | type) -> float | Tensor | type:
         """The potential from which a call within a backward pass starts, where the neuron's is `now`.

@@ -217,9 +217,9 @@ class _Carried(torch.autograd.Function):
 
 
 def _carried(v: Tensor | None) -> Tensor | None:
-    if v is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if v is None or torch.compiler.is_compiling() or v.grad_fn is None:
         return v
-    return v if v.grad_fn is None or is_transformed() else _Carried.apply(v)
+    return _Carried.apply(v) if torch.is_grad_enabled() and not is_transformed() else v
 
 
 def _require_saved(node: torch.autograd.graph.Node, most: int = 16) -> None:

@@ -320,6 +320,27 @@ def test_a_checkpoint_that_repeats_a_compiled_call_is_refused(way, fullgraph):
         loss.backward()
 
 
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_an_end_that_is_compiled_follows_calls_in_eager_mode(end):
+    def run(layer, x):
+        end(layer)
+        first = layer(x)
+        end(layer)
+        return first + layer(2 * x)
+
+    torch._dynamo.reset()
+    layer, twin = Layer(), Layer()
+    compiled = torch.compile(lambda x: run(layer, x), fullgraph=True, backend="aot_eager")
+    for eager in (layer, layer, twin, twin):  # the second call starts from a potential with its graph
+        eager(X[0])
+    found, right = compiled(X[1]), run(twin, X[1])
+    assert torch.equal(found, right)
+    for spikes in (found, right):
+        weighted(spikes).backward()
+    assert right.any()
+    torch.testing.assert_close(layer.linear.weight.grad, twin.linear.weight.grad)
+
+
 def test_calls_within_a_backward_pass_that_repeat_nothing_carry_the_potential():
     node, spikes = LIFNode(step_mode="s"), []
     x = leaf(torch.ones(3))
