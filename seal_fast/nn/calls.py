@@ -16,7 +16,7 @@ import types
 import weakref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _HOOKS = torch._C._autograd
 _top_hooks = getattr(_HOOKS, "_top_saved_tensors_default_hooks", None)  # torch 2.6 does not tell
@@ -39,6 +39,18 @@ refuse_compiling_in_backward._dynamo_marked_constant = True
 
 class Calls:
     """The calls of one neuron."""
+
+    @classmethod
+    def of(cls, neuron: nn.Module) -> Calls:
+        """Those of `neuron`, recorded from now on if they have not been before."""
+        return neuron.__dict__.get("_recorded") or neuron.__dict__.setdefault("_recorded", cls())
+
+    @staticmethod
+    def end(neuron: nn.Module) -> None:
+        """Record that the potential is another than the last call left: after a reset, a detach, or one set by hand."""
+        calls = neuron.__dict__.get("_recorded")
+        if calls is not None:
+            calls._end()
 
     def __init__(self):
         self._records: weakref.WeakKeyDictionary[object, Record] = weakref.WeakKeyDictionary()  # of checkpoints
@@ -65,11 +77,8 @@ class Calls:
         self._count += 1
         self._start, self._start_has_graph = start, has_graph
 
-    def end(self) -> None:
-        """Record that the potential is another than the last call left: after a reset, a detach, or one set by hand.
-
-        A start with a graph, whose memory would stay, is forgotten.
-        """
+    def _end(self) -> None:
+        """Record an end, and forget a start with a graph, whose memory would stay."""
         self._ended, self._cut = True, None
         if self._start_has_graph:
             self._start, self._start_has_graph = None, False

@@ -67,14 +67,14 @@ class BaseNode(MemoryModule):
 
     @property
     def v_seq(self) -> Tensor | None:  # noqa: D102
-        return self._memories.get("v_seq", self.__dict__.get("v_seq"))
+        return self._memories.get("v_seq", self.__dict__.get("_v_seq"))
 
     @v_seq.setter
     def v_seq(self, value: Tensor | None) -> None:
         if "v_seq" in self._memories:
             self._memories["v_seq"] = value
         else:
-            self.__dict__["v_seq"] = value
+            self.__dict__["_v_seq"] = value
 
     @property
     def store_v_seq(self) -> bool:  # noqa: D102
@@ -171,12 +171,8 @@ class BaseNode(MemoryModule):
         return v
 
     def _before_call(self) -> float | Tensor | type[_Unknown]:
-        return self._calls.start(self._memories["v"]) if self._is_recorded() and is_backward() else self._memories["v"]
-
-    @property
-    def _calls(self) -> Calls:
-        """Those that gradient checkpointing may repeat."""
-        return self.__dict__.get("_recorded") or self.__dict__.setdefault("_recorded", Calls())
+        v = self._memories["v"]
+        return Calls.of(self).start(v) if self._is_recorded() and is_backward() else v
 
     def _is_recorded(self) -> bool:
         """Whether a call now is one that changes the potential, in eager mode."""
@@ -184,7 +180,7 @@ class BaseNode(MemoryModule):
 
     def _repeating(self) -> Record | None:
         """The record of the checkpoint that is repeating calls, which holds the potential meanwhile."""
-        return self._calls.repeating() if self._is_recorded() and is_backward() else None
+        return Calls.of(self).repeating() if self._is_recorded() and is_backward() else None
 
     def _keep(self, v: Tensor | type[_Unknown]) -> None:
         """Let the next call start from v."""
@@ -192,8 +188,8 @@ class BaseNode(MemoryModule):
             return
         if self._is_recorded():
             if not is_backward():
-                self._calls.add(self._memories["v"])
-            elif self._calls.repeat(self._before_call(), v):
+                Calls.of(self).add(self._memories["v"])
+            elif Calls.of(self).repeat(self._before_call(), v):
                 return
         self._memories["v"] = v
 
@@ -207,14 +203,14 @@ class BaseNode(MemoryModule):
             if record is not None:
                 record.v = value
                 return
-            self._calls.end()
+            Calls.end(self)
         MemoryModule.__setattr__(self, name, value)
 
     def release(self) -> None:
         """Be an instance of the class that `convert` found, and of no other."""
         if self._memories["v"] is _Unknown:
             self._memories["v"] = self._memories_rv["v"]
-        for name in ("_chosen_backend", "_recorded"):
+        for name in ("_chosen_backend", "_recorded", "_v_seq"):
             self.__dict__.pop(name, None)
         object.__setattr__(self, "__class__", self.__dict__.pop("_original"))
 
@@ -225,8 +221,9 @@ class BaseNode(MemoryModule):
             record.v = self._memories_rv["v"]
             return
         super().reset()
-        self.v_seq = None
-        self._calls.end()
+        if self.v_seq is not None:  # not always: Dynamo of torch 2.6 cannot trace it
+            self.v_seq = None
+        Calls.end(self)
 
     def detach(self) -> None:
         """Keep the potential, but cut its graph: for backpropagation through time in parts."""
@@ -237,7 +234,7 @@ class BaseNode(MemoryModule):
         super().detach()
         if self.v_seq is not None:
             self.v_seq = self.v_seq.detach()
-        self._calls.end()
+        Calls.end(self)
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
@@ -248,8 +245,8 @@ class BaseNode(MemoryModule):
         """Copies and pickles keep the potential, but not the graph that made it."""
         state = super().__getstate__()
         state.pop("_recorded", None)
-        if isinstance(state.get("v_seq"), Tensor):
-            state["v_seq"] = state["v_seq"].detach()
+        if isinstance(state.get("_v_seq"), Tensor):
+            state["_v_seq"] = state["_v_seq"].detach()
         return state
 
     def extra_repr(self) -> str:  # noqa: D102

@@ -82,7 +82,9 @@ class MemoryModule(nn.Module):
     def reset(self) -> None:
         """Let every memory be what it was at first: the next call starts at rest."""
         for name in self._memories:
-            self._memories[name] = copy.deepcopy(self._memories_rv[name])
+            value = self._memories_rv[name]
+            # Dynamo traces no deepcopy before torch 2.12.
+            self._memories[name] = value if isinstance(value, (int, float)) else copy.deepcopy(value)
 
     def detach(self) -> None:
         """Keep the memories, but cut their graphs: for backpropagation through time in parts."""

@@ -320,8 +320,9 @@ def test_a_checkpoint_that_repeats_a_compiled_call_is_refused(way, fullgraph):
         loss.backward()
 
 
+@pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-def test_an_end_that_is_compiled_follows_calls_in_eager_mode(end):
+def test_an_end_of_calls_may_be_compiled(end, before):
     def run(layer, x):
         end(layer)
         first = layer(x)
@@ -331,8 +332,8 @@ def test_an_end_that_is_compiled_follows_calls_in_eager_mode(end):
     torch._dynamo.reset()
     layer, twin = Layer(), Layer()
     compiled = torch.compile(lambda x: run(layer, x), fullgraph=True, backend="aot_eager")
-    for eager in (layer, layer, twin, twin):  # the second call starts from a potential with its graph
-        eager(X[0])
+    for _ in range(before):  # in eager mode; the second call starts from a potential with its graph
+        layer(X[0]), twin(X[0])
     found, right = compiled(X[1]), run(twin, X[1])
     assert torch.equal(found, right)
     for spikes in (found, right):
@@ -393,4 +394,4 @@ def test_the_record_of_calls_keeps_no_graph_alive(way, step_mode):
     reset_net(layer)
     gc.collect()
     assert [mark() for mark in alive] == [None] * 10
-    assert len(layer.node._calls._records) == 0
+    assert len(calls.Calls.of(layer.node)._records) == 0
