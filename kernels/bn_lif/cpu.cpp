@@ -17,13 +17,13 @@ SEAL_STRUCT(BnLifArguments,
   const void *grad_spikes, *grad_m;             // [T, N]
   void *grad_steps, *grad_total;                // [T, N], [N]
   void *grad_threshold, *grad_inverse_tau;      // [N] in the state's type: the sum over T of each neuron's part
-  const void* table;                            // [4k, C] of k norms, in the state's type; forward reads its scales alone
-  void *sums, *coefficients, *grad_norms;       // as in BackwardOutputs
+  void* table;                                  // [4k, C] of k norms, in the state's type; forward reads its scales alone
+  void *sums, *coefficients;                    // as in BackwardOutputs
   int64_t T, N, C, channel_stride;
   int64_t y_stride, residual_stride, m_stride;  // along T, in elements; 0 repeats one row; grad_m's is m's
-  int64_t count, residual_count;                // of the norms
+  NormArguments norm, residual_norm;            // the layer fills in what it knows itself: see norm_of
   NeuronArguments neuron;
-  int32_t dtype, normalised, threads;           // normalised: the residual has a norm of its own, and k is 2
+  int32_t dtype, normalised, fills_table, threads;  // normalised: the residual has a norm of its own, and k is 2
 )
 
 namespace {
@@ -120,7 +120,6 @@ class BnLif {
   // What follows from the sums of all threads [threads, k + 1, C]; norms.py has the formulas.
   void finish(const double* partials) const {
     State *sums = static_cast<State*>(a.sums), *coefficients = static_cast<State*>(a.coefficients);
-    State* gradients = static_cast<State*>(a.grad_norms);
     for (int64_t c = 0; c < a.C; ++c) {
       for (int i = 0; i <= norms(); ++i) {
         double sum = 0;
@@ -131,14 +130,15 @@ class BnLif {
         const State* row = table() + c;
         const State scale = row[2 * i * a.C], mean = row[(2 * norms() + i) * a.C];
         const State inverse_std = row[(3 * norms() + i) * a.C], total = sums[c], centred = sums[(1 + i) * a.C + c];
-        const State negative = -static_cast<State>(i ? a.residual_count : a.count);
+        const NormArguments& norm = i ? a.residual_norm : a.norm;
+        const State negative = -static_cast<State>(norm.count);
         const bool fixed = negative == 0;
         const State of_y = fixed ? State(0) : scale * inverse_std * (inverse_std * centred) / negative;
         coefficients[3 * i * a.C + c] = scale;
         coefficients[(3 * i + 1) * a.C + c] = of_y;
         coefficients[(3 * i + 2) * a.C + c] = fixed ? State(0) : scale * total / negative - of_y * mean;
-        gradients[2 * i * a.C + c] = inverse_std * centred;
-        gradients[(2 * i + 1) * a.C + c] = total;
+        if (norm.grad_weight) static_cast<State*>(norm.grad_weight)[c] = inverse_std * centred;
+        if (norm.grad_bias) static_cast<State*>(norm.grad_bias)[c] = total;
       }
     }
   }
@@ -217,23 +217,55 @@ class BnLif {
   }
 };
 
-template <typename Action>
-int with_kind(const BnLifArguments& a, Action action) {
-  return with_types(a.dtype, [&](auto types) {
-    typedef typename decltype(types)::State State;
-    typedef typename decltype(types)::Number Number;
-    a.neuron.channels > 1 ? action(BnLif<State, Number, true>(a)) : action(BnLif<State, Number, false>(a));
-  });
+// Norm i of the layer, as norm.h takes it.
+NormArguments norm_of(const BnLifArguments& a, int i) {
+  NormArguments norm = i ? a.residual_norm : a.norm;
+  const bool varies = i ? a.residual_stride : a.y_stride;
+  norm.y = i ? a.residual : a.y;
+  norm.grad = varies ? a.grad_steps : a.grad_total;
+  norm.total = varies ? a.T * a.N : a.N;
+  norm.C = a.C, norm.channel_stride = a.channel_stride, norm.threads = a.threads;
+  norm.table = a.table, norm.index = i, norm.norms = 1 + a.normalised;
+  return norm;
+}
+
+template <typename State, typename Number, typename Action>
+void with_layer(Types<State, Number>, const BnLifArguments& a, Action action) {
+  a.neuron.channels > 1 ? action(BnLif<State, Number, true>(a)) : action(BnLif<State, Number, false>(a));
+}
+
+// The layer; before it, the table of its norms if it is to be filled.
+template <typename State, typename Number>
+void forward(Types<State, Number> types, BnLifArguments a) {
+  std::vector<State> table(a.table ? 0 : 4 * (1 + a.normalised) * a.C);
+  if (!a.table) a.table = table.data();
+  for (int i = 0; i <= a.normalised && a.fills_table; ++i) fill_table(types, norm_of(a, i));
+  with_layer(types, a, [](const auto& layer) { layer.forward(); });
+}
+
+// The gradient of the membrane input and what follows from its sums; then those of y and residual that are asked for.
+template <typename State, typename Number>
+void backward(Types<State, Number> types, BnLifArguments a) {
+  std::vector<State> sums(a.sums ? 0 : (2 + a.normalised) * a.C);
+  std::vector<State> coefficients(a.coefficients ? 0 : 3 * (1 + a.normalised) * a.C);
+  if (!a.sums) a.sums = sums.data();
+  if (!a.coefficients) a.coefficients = coefficients.data();
+  with_layer(types, a, [](const auto& layer) { layer.backward(); });
+  for (int i = 0; i <= a.normalised; ++i) {
+    NormArguments norm = norm_of(a, i);
+    norm.coefficients = static_cast<const State*>(a.coefficients) + 3 * i * a.C;
+    if (norm.out) normalised_gradient(types, norm);
+  }
 }
 
 }  // namespace
 
 SEAL_EXPORT(seal_bn_lif_forward)(const BnLifArguments* arguments) {
-  return with_kind(*arguments, [](const auto& layer) { layer.forward(); });
+  return with_types(arguments->dtype, [&](auto types) { forward(types, *arguments); });
 }
 
 SEAL_EXPORT(seal_bn_lif_backward)(const BnLifArguments* arguments) {
-  return with_kind(*arguments, [](const auto& layer) { layer.backward(); });
+  return with_types(arguments->dtype, [&](auto types) { backward(types, *arguments); });
 }
 
 SEAL_EXPORT(seal_bn_fill_table)(const NormArguments* arguments) {

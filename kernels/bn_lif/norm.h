@@ -12,17 +12,19 @@
 #include <omp.h>
 #endif
 
-// A norm's rows of the table, and the gradient that passes it.
+// A norm's rows of the table, and the gradient that passes it. A null pointer stands for what is absent or not asked for.
 SEAL_STRUCT(NormArguments,
-  const void *y, *grad;               // [total]; y is null where the statistics are fixed
+  const void *y, *grad;               // [total]
   void* out;                          // [total]
   const void* coefficients;           // [3, C], this and all that follows in the state's type
   void *means, *variances;            // [C], biased
   const void *weight, *bias;          // [C]
   void *running_mean, *running_var;   // [C]
   int64_t* batches;                   // that these have seen; null where they see no more
+  void *grad_weight, *grad_bias;      // [C]
   void* table;                        // [4 norms, C]
   double momentum, correction, eps;   // correction: of the running variance
+  int64_t count;                      // elements per channel that statistics are taken of; 0 where they are fixed
   int64_t total, C, channel_stride, index, norms;
   int32_t dtype, threads;
 )
@@ -108,21 +110,21 @@ State moved(State old, State next, State momentum) {
   return momentum < State(0.5) ? old + momentum * (next - old) : next - (next - old) * (1 - momentum);
 }
 
-// Mean and variance of y by channel, or the running ones where there is no y; and what norms.py makes of them.
+// Mean and variance of y by channel, or the running ones where they are fixed; and what norms.py makes of them.
 template <typename State, typename Number>
 void fill_table(Types<State, Number>, const NormArguments& a) {
   if (a.C == 0) return;
   std::vector<State> pivots(a.C);
   std::vector<double> sums(a.threads * 2 * a.C);
-  if (a.y) {
+  if (a.count) {
     for (int64_t c = 0; c < a.C; ++c) pivots[c] = pivot<State, Number>(a, c);
     sum_up<State, Number>(a, pivots.data(), sums.data());
   }
   State *running_mean = static_cast<State*>(a.running_mean), *running_var = static_cast<State*>(a.running_var);
-  const double count = static_cast<double>(a.total / a.C);
+  const double count = static_cast<double>(a.count);
   for (int64_t c = 0; c < a.C; ++c) {
     State mean, variance;
-    if (a.y) {
+    if (a.count) {
       double distance = 0, square = 0;
       for (int thread = 0; thread < a.threads; ++thread) {
         distance += sums[thread * 2 * a.C + c], square += sums[(thread * 2 + 1) * a.C + c];
@@ -152,7 +154,7 @@ void fill_table(Types<State, Number>, const NormArguments& a) {
   if (a.batches) ++*a.batches;
 }
 
-// c0 grad + c1 y + c2, or c0 grad where there is no y.
+// c0 grad + c1 y + c2, or c0 grad where the statistics are fixed.
 template <typename State, typename Number>
 void normalised_gradient(Types<State, Number>, const NormArguments& a) {
   struct Work {
@@ -168,7 +170,7 @@ void normalised_gradient(Types<State, Number>, const NormArguments& a) {
     const Number* grad = whole_block(static_cast<const Number*>(a.grad) + start, count, room[0]);
     BlockWriter<Number> writer(static_cast<Number*>(a.out) + start, count, stream);
     Number* out = writer.block();
-    if (a.y) {
+    if (a.count) {
       const Number* y = whole_block(static_cast<const Number*>(a.y) + start, count, room[1]);
       SEAL_EACH_VECTOR(State, i) {
         fetch_ahead(grad + i);

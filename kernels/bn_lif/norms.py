@@ -30,6 +30,16 @@ class Norm(NamedTuple):
     repeats: int  # time steps that each element stands for, as the running variance counts them
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those of the module."""
+        return self[:5]
+
+    @property
+    def numbers(self) -> tuple[float | int, ...]:
+        """What follows them."""
+        return self[5:]
+
+    @property
     def correction(self) -> float:
         """Of the running variance, which is unbiased; 1 where it is not updated."""
         seen = self.count * self.repeats

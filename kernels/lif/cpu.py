@@ -46,7 +46,8 @@ def _launch(name: str, tensors: ForwardTensors | BackwardTensors, options: Optio
     x, row = tensors.x, tensors.x[0]
     if row.numel() == 0:
         return
-    neuron, _constants = describe(options, state_dtype(x.dtype), row)
+    channel_stride = row.stride(1) if row.dim() > 1 else 1
+    neuron, _constants = describe(options, state_dtype(x.dtype), x.device, channel_stride)
     arguments = _Arguments(
         **{key: tensor.data_ptr() for key, tensor in tensors._asdict().items() if tensor is not None},
         T=x.shape[0],

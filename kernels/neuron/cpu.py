@@ -12,14 +12,16 @@ from .options import Options
 _Arguments = structure("NeuronArguments")
 
 
-def describe(options: Options, dtype: torch.dtype, row: torch.Tensor) -> tuple[ctypes.Structure, torch.Tensor]:
-    """The neurons of `row` [B, C, ...] with a state of `dtype`, and the tensor that must outlive them."""
-    constants = options.constants(row.device, dtype)
+def describe(
+    options: Options, dtype: torch.dtype, device: torch.device, channel_stride: int
+) -> tuple[ctypes.Structure, torch.Tensor]:
+    """Neurons with a state of `dtype`, neighbouring channels so far apart; and the tensor that must outlive them."""
+    constants = options.constants(device, dtype)
     channels = constants.shape[1]
     neuron = _Arguments(
         constants=constants.data_ptr(),
         channels=channels,
-        channel_stride=row.stride(1) if channels > 1 else 1,
+        channel_stride=channel_stride if channels > 1 else 1,
         reset=options.v_reset or 0.0,
         alpha=options.surrogate.alpha,
         charge=code("ChargeKind", options.charge_kind),

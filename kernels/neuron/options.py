@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,23 @@ class Options:
     def in_tensors(self) -> bool:
         """Whether tau or v_threshold is a tensor, whose values a launcher cannot know without waiting for them."""
         return isinstance(self.tau, torch.Tensor) or isinstance(self.v_threshold, torch.Tensor)
+
+    def without_tensors(self) -> Options:
+        """The same with None in the place of each tensor, to be kept longer than a call."""
+        if not self.in_tensors:
+            return self
+        tau, threshold = (None if isinstance(each, torch.Tensor) else each for each in (self.tau, self.v_threshold))
+        return replace(self, tau=tau, v_threshold=threshold)
+
+    def with_tensors(self, tau: torch.Tensor | None, threshold: torch.Tensor | None) -> Options:
+        """What `without_tensors` was made of, or with other tensors of the same layout."""
+        if tau is None and threshold is None:
+            return self
+        return replace(
+            self,
+            tau=self.tau if tau is None else tau,
+            v_threshold=self.v_threshold if threshold is None else threshold,
+        )
 
     @property
     def exact_inverse(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -22,6 +23,52 @@ def is_eager(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     return _PLAIN.issuperset(map(type, tensors))
+
+
+class Plans(dict):
+    """What was found out about a call, by all that it depends on: repeated calls need no second look.
+
+    It holds no tensor, and begins anew where ever new kinds of calls would fill it.
+    """
+
+    MOST = 1024
+
+    def __setitem__(self, key: tuple, plan) -> None:
+        """Keep the plan."""
+        if len(self) >= self.MOST:
+            self.clear()
+        super().__setitem__(key, plan)
+
+
+def key_of(value: Tensor | float | None) -> tuple | float | None:
+    """All that a plan depends on: of a tensor all but its elements, their address and its graph."""
+    if isinstance(value, Tensor):
+        return type(value), value.dtype, value.device, value.shape, value.stride()
+    return value
+
+
+# What a key of a call raises that the operator's checks have a sentence for.
+NO_KEY = (AttributeError, RuntimeError, TypeError, ValueError)
+
+
+def once(operator: str, run: Callable[[], list[Tensor | None]], *inputs: Tensor | None) -> list[Tensor | None]:
+    """The gradients that `run` gives; where a graph of them is asked for, it refuses to be differentiated."""
+    if not torch.is_grad_enabled():
+        return run()
+    with torch.no_grad():
+        grads = run()
+    return [None if grad is None else _Once.apply(operator, grad, *inputs) for grad in grads]
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, operator, grad, *inputs):
+        ctx.operator = operator
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise NotImplementedError(f"{ctx.operator} can be differentiated twice only with backend='torch'.")
 
 
 def refuse_batched(operator: str, *grads: Tensor | None) -> None:

@@ -19,6 +19,11 @@ def number_and_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:
     return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
 
 
+def tensor(value: float | Tensor | None) -> Tensor | None:
+    """The value if it is a tensor."""
+    return value if isinstance(value, Tensor) else None
+
+
 def numbers_of(options: dict, backend: str) -> tuple[tuple, tuple[Tensor | None, Tensor | None]]:
     """The checked options of a neuron as the arguments in SCHEMA, and τ and θ where they are tensors."""
     tau, tau_tensor = number_and_tensor(options["tau"])

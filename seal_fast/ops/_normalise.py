@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ..kernels.bn_lif import norms, ranks
 from ..kernels.bn_lif.norms import Norm
 from ..kernels.bn_lif.reference import has_step_modes, update_running_statistics
 from ..kernels.lif.reference import state_dtype
-from ._dispatch import is_plain
+from ._dispatch import is_plain, key_of
 
 _PLAIN = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 
@@ -30,31 +30,69 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
-def table_of(
-    given: list[tuple[nn.Module, Tensor, int]],  # a norm, its input [N, C, ...], time steps that each row stands for
-    group: ProcessGroup | None,  # ranks that share the statistics, where they are several
-    kernel: ModuleType | None,  # that can be launched directly; else the call is traced
-    statistics,  # the registered operator: [N, C, ...] -> mean and biased variance [C]
-) -> tuple[Tensor, tuple[int | Tensor, ...]]:
-    """The norms' table and counts, as in kernels/bn_lif/norms.py; updates their running statistics.
+def tensors_of(bn: nn.Module) -> tuple[Tensor | None, ...]:
+    """Those of `Norm`, where torch does not have to make one that is missing."""
+    tracked = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+    return bn.weight, bn.bias, bn.running_mean, bn.running_var, tracked
+
+
+def key_of_norm(bn: nn.Module, tensors: tuple[Tensor | None, ...]) -> tuple:
+    """All that a plan depends on."""
+    options = bn.training, bn.track_running_stats, bn.momentum, bn.eps, bn.num_features
+    alone = has_hooks(bn), ranks.synchronised(bn) is None
+    return type(bn), type(bn).forward, *options, *alone, *map(key_of, tensors)
+
+
+def norm_of(bn: nn.Module, y: Tensor, repeats: int, group: ProcessGroup | None) -> Norm:
+    """The module as kernels see it, for y [N, C, ...] whose rows stand for `repeats` time steps each.
 
     Raises:
         ValueError: A norm in training has one element per channel, which has no variance.
     """
-    found = [_norm_of(*each, group) for each in given]
-    y = given[0][1]
+    *tensors, tracked = tensors_of(bn)
+    if not bn.training and bn.running_mean is not None:
+        return Norm(*tensors, None, 0.0, bn.eps, 0, repeats)
+    count = y.numel() // y.shape[1]
+    if count * repeats == 1 and group is None:
+        raise ValueError(f"y must have more than one number for each channel to train batch norm; got {list(y.shape)}.")
+    if tracked is None and bn.training and bn.track_running_stats:  # torch lets it be missing
+        tracked = torch.zeros((), dtype=torch.int64, device=y.device)
+    return Norm(*tensors, tracked, bn.momentum, bn.eps, count, repeats)
+
+
+def fits_kernels(bn: nn.Module, y: Tensor, norm: Norm) -> bool:
+    """Whether kernels can take the norm's tensors where they lie, and its momentum, which is None for a mean of all.
+
+    Kernels take addresses and check nothing: what does not fit goes to torch's operations, which raise if it is wrong.
+    """
     state, C = state_dtype(y.dtype), y.shape[1]
-    if kernel is not None and group is None and all(_fits_kernels(norm, C, state, y.device) for norm in found):
-        table = torch.empty(4 * len(given), C, dtype=state, device=y.device)
-        for i, (norm, (_, y, _)) in enumerate(zip(found, given, strict=True)):
-            kernel.fill_table(table, i, y.detach(), norm)
-        return table, tuple(norm.count for norm in found)
-    counts, rows = [], []
+
+    def fits(tensor: Tensor | None, dtype: torch.dtype, size: int) -> bool:
+        if tensor is None:
+            return True
+        found = tensor.dtype, tensor.device, tensor.numel()
+        return is_plain(tensor) and found == (dtype, y.device, size) and tensor.is_contiguous()
+
+    return (
+        norm.momentum is not None
+        and norm.num_batches_tracked is tensors_of(bn)[-1]
+        and fits(norm.num_batches_tracked, torch.int64, 1)
+        and all(fits(tensor, state, C) for tensor in norm[:4])
+    )
+
+
+def table_of(
+    given: list[tuple[nn.Module, Tensor, Norm]],  # a norm, its input [N, C, ...], and the norm as kernels see it
+    group: ProcessGroup | None,  # ranks that share the statistics, where they are several
+    statistics: Callable[[Tensor], tuple[Tensor, Tensor]],  # [N, C, ...] -> mean and biased variance [C]
+) -> tuple[Tensor, tuple[int | Tensor, ...]]:
+    """The norms' table and counts by torch's operations; updates their running statistics."""
+    state, counts, rows = state_dtype(given[0][1].dtype), [], []
     with torch.no_grad():
-        for norm, (bn, y, _) in zip(found, given, strict=True):
+        for bn, y, norm in given:
             count, mean, variance = norm.count, norm.running_mean, norm.running_var
             if count != 0:  # torch 2.6 takes a symbol for its present value where it is asked whether it is true
-                mean, variance = (kernel.statistics if kernel else statistics)(y.detach())
+                mean, variance = statistics(y.detach())
                 if group is not None:
                     mean, variance, count = ranks.merged(mean, variance, count, group)
                 if norm.num_batches_tracked is not None:
@@ -64,37 +102,3 @@ def table_of(
             rows.append((mean.to(state), inverse_std, *affine))
             counts.append(count)
         return norms.table_of(rows), tuple(counts)
-
-
-def _norm_of(bn: nn.Module, y: Tensor, repeats: int, group: ProcessGroup | None) -> Norm:
-    tensors = bn.weight, bn.bias, bn.running_mean, bn.running_var
-    if not bn.training and bn.running_mean is not None:
-        return Norm(*tensors, None, 0.0, bn.eps, 0, repeats)
-    count = y.numel() // y.shape[1]
-    if count * repeats == 1 and group is None:
-        raise ValueError(f"y must have more than one number for each channel to train batch norm; got {list(y.shape)}.")
-    tracked = None
-    if bn.training and bn.track_running_stats:
-        tracked = bn.num_batches_tracked
-        if tracked is None:  # torch lets it be missing
-            tracked = torch.zeros((), dtype=torch.int64, device=y.device)
-    return Norm(*tensors, tracked, bn.momentum, bn.eps, count, repeats)
-
-
-def _fits_kernels(norm: Norm, C: int, state: torch.dtype, device: torch.device) -> bool:
-    """Whether kernels can take the norm's tensors where they lie, and its momentum, which is None for a mean of all.
-
-    Kernels take addresses and check nothing: what does not fit goes to torch's operations, which raise if it is wrong.
-    """
-
-    def fits(tensor: Tensor | None, dtype: torch.dtype, size: int) -> bool:
-        if tensor is None:
-            return True
-        found = tensor.dtype, tensor.device, tensor.numel()
-        return is_plain(tensor) and found == (dtype, device, size) and tensor.is_contiguous()
-
-    return (
-        norm.momentum is not None
-        and fits(norm.num_batches_tracked, torch.int64, 1)
-        and all(fits(tensor, state, C) for tensor in norm[:4])
-    )

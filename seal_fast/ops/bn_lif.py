@@ -11,7 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..backends import resolve
 from ..kernels.bn_lif import ranks, reference
-from ..kernels.bn_lif.norms import coefficients_of, scales
+from ..kernels.bn_lif.plan import Kind, Plan
 from ..kernels.bn_lif.tensors import backward_outputs, forward_outputs, inputs
 from ..kernels.lif.reference import state_dtype
 from ..kernels.neuron.options import Options
@@ -25,8 +25,8 @@ from ._arguments import (
     require_per_channel,
     shape,
 )
-from ._dispatch import is_eager, kernel_module, refuse_batched
-from ._normalise import can_fuse, table_of
+from ._dispatch import NO_KEY, Plans, is_eager, kernel_module, key_of, once, refuse_batched
+from ._normalise import can_fuse, fits_kernels, key_of_norm, norm_of, table_of, tensors_of
 from .lif import lif as lif_operator
 
 _OPTIONS = (*NEURON_OPTIONS, "backend")
@@ -65,12 +65,25 @@ def bn_lif(
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value, or the backend of `lif` cannot run.
     """
+    kind = Kind(time_steps, static, return_membrane_input, _packed.wanted())
+    norms = [(bn, y)] if residual_bn is None else [(bn, y), (residual_bn, residual)]
+    key = tensors = None
+    if not torch.compiler.is_compiling():
+        try:
+            tensors = [tensors_of(module) for module, _ in norms]
+            learned = lif.tau, lif.v_threshold
+            key = _key(y, residual, lif, learned, kind, norms, tensors)
+            plan = _plans.get(key)
+        except NO_KEY:
+            plan = None
+        if plan is not None:
+            return _run(plan, y, residual, learned, tensors)
+
     batch = _check(y, bn, lif, time_steps, residual, residual_bn, static)
     chosen = resolve(lif.backend, "bn_lif", y.device, y.dtype)
-    norms = [module for module in (bn, residual_bn) if module is not None]
     alike = residual is None or residual.dtype == y.dtype
-    groups = {ranks.synchronised(module) for module in norms}
-    if chosen == "torch" or not alike or len(groups) > 1 or not all(can_fuse(module) for module in norms):
+    groups = {ranks.synchronised(module) for module, _ in norms}
+    if chosen == "torch" or not alike or len(groups) > 1 or not all(can_fuse(module) for module, _ in norms):
         steps, membrane_input = reference.membrane_input(
             y, bn, time_steps=time_steps, residual=residual, residual_bn=residual_bn, static=static
         )
@@ -78,26 +91,25 @@ def bn_lif(
         spikes = lif_operator(steps, return_v_last=False, **options)[0].flatten(0, 1)
         return (spikes, membrane_input) if return_membrane_input else spikes
 
-    options = neuron_options(*(getattr(lif, name) for name in NEURON_OPTIONS))
-    numbers, learned = _neuron.numbers_of(options, chosen)
-    eager, (group,) = is_eager(y, residual, *learned), groups
-    given = [(bn, y, time_steps if static else 1)]
+    numbers, learned = _neuron.numbers_of(neuron_options(*(getattr(lif, name) for name in NEURON_OPTIONS)), chosen)
+    (group,) = groups
+    repeats = [time_steps if static else 1]
     if residual_bn is not None:
-        given.append((residual_bn, residual, 1 if residual.shape[0] > batch else time_steps))
-    kernel = _kernel(chosen) if eager else None
-    table, counts = table_of(given, group, kernel, functools.partial(_statistics, backend=chosen))
-    parameters = *(parameter for module in norms for parameter in (module.weight, module.bias)), None, None
-    call = _Call(
-        *(y, residual, *learned, *parameters[:4], table, *(*counts, 0)[:2]),
-        *(numbers, time_steps, static, return_membrane_input, _packed.wanted()),
-    )
-    if eager or group is not None:
-        spikes, m, packed = _Eager.apply(group, *call.flat())
-    else:
-        spikes, m, packed = _bn_lif(*call.flat())
-    if call.pack:
-        _packed.keep(spikes.unflatten(0, (time_steps, -1)), packed)
-    return (spikes, m) if return_membrane_input else spikes
+        repeats.append(1 if residual.shape[0] > batch else time_steps)
+    given = [(*norm, norm_of(*norm, each, group)) for norm, each in zip(norms, repeats, strict=True)]
+    if not is_eager(y, residual, *learned) and group is None:
+        return _traced(y, residual, learned, numbers, given, kind)
+    fits = group is None and all(fits_kernels(*each) for each in given)
+    of_kernel = _kernel(chosen).Plan if fits and chosen == "cpu" else Plan
+    options = _neuron.options_of(*learned, numbers)
+    plan = of_kernel(_kernel(chosen), y, residual, options, [norm for *_, norm in given], kind, group)
+    tensors = [norm.tensors for *_, norm in given]
+    if fits:
+        if key is not None:
+            _plans[key] = plan
+        return _run(plan, y, residual, learned, tensors)
+    table, plan.counts = table_of(given, group, _kernel(chosen).statistics)
+    return _run(plan, y, residual, learned, tensors, table)
 
 
 def _check(y, bn, lif, time_steps, residual, residual_bn, static) -> int:
@@ -145,6 +157,82 @@ def _check_norm(name: str, bn: nn.Module, input_name: str, y: Tensor) -> None:
         if tensor.dtype is not dtype and not (dtype.itemsize == 2 and tensor.dtype is torch.float32):
             allowed = f"{input_name}'s dtype, {dtype}, or float32 for 16-bit {input_name}"
             raise TypeError(f"{name} must be of {allowed}; got {tensor.dtype}.")
+
+
+_plans = Plans()
+
+
+def _key(y, residual, lif, learned, kind, norms, tensors) -> tuple:
+    surrogate = lif.surrogate
+    neuron = lif.decay_input, lif.v_reset, surrogate.name, surrogate.alpha, lif.detach_reset, *map(key_of, learned)
+    chosen = resolve(lif.backend, "bn_lif", y.device, y.dtype)
+    of_norms = [key_of_norm(module, own) for (module, _), own in zip(norms, tensors, strict=True)]
+    return chosen, kind, neuron, key_of(y), key_of(residual), *of_norms
+
+
+def _run(
+    plan: Plan,
+    y: Tensor,
+    residual: Tensor | None,
+    learned: tuple[float | Tensor | None, ...],  # tau and v_threshold
+    tensors: list[tuple[Tensor | None, ...]],  # of each norm, as in Norm
+    table: Tensor | None = None,  # where it is filled already
+):
+    parameters = [parameter for own in tensors for parameter in own[:2]]
+    run = _Fused.apply if torch.is_grad_enabled() else functools.partial(_Fused.forward, None)
+    spikes, m, packed = run(plan, tensors, table, y, residual, *map(_neuron.tensor, learned), *parameters)
+    kind = plan.kind
+    if kind.pack:
+        _packed.keep(spikes.unflatten(0, (kind.time_steps, -1)), packed)
+    return (spikes, m) if kind.keep_m else spikes
+
+
+class _Fused(torch.autograd.Function):
+    """The operator on tensors that are at hand, over several ranks as well."""
+
+    @staticmethod
+    def forward(ctx, plan, tensors, table, y, residual, tau, threshold, *parameters):
+        norms = tensors if table is None else ()
+        if table is None and ctx is not None and any(ctx.needs_input_grad):
+            table = plan.table(y)
+        outputs = plan.forward(y, residual, plan.options.with_tensors(tau, threshold), table, norms)
+        if ctx is not None:
+            # Of the norms' parameters all is in the table, and torch lets a bias change meanwhile.
+            ctx.save_for_backward(y, residual, tau, threshold, table)
+            ctx.plan, ctx.dtypes = plan, [None if each is None else each.dtype for each in parameters]
+            ctx.set_materialize_grads(False)
+            if outputs[2] is not None:
+                ctx.mark_non_differentiable(outputs[2])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, grad_spikes, grad_m, _):
+        refuse_batched("bn_lif", grad_spikes, grad_m)
+        plan, (y, residual, tau, threshold, table) = ctx.plan, ctx.saved_tensors
+        if grad_spikes is None:
+            grad_spikes = _no_gradient(y, plan.kind)
+
+        def run():
+            options = plan.options.with_tensors(tau, threshold)
+            grads = plan.backward(grad_spikes, grad_m, y, residual, options, table, ctx.needs_input_grad[3:5])
+            return _of_inputs(grads, tau, threshold, ctx.dtypes)
+
+        return None, None, None, *once("bn_lif", run, grad_spikes, grad_m, y, residual)
+
+
+def _no_gradient(y: Tensor, kind: Kind) -> Tensor:
+    return y.new_zeros(()).expand(y.shape[0] * (kind.time_steps if kind.static else 1), *y.shape[1:])
+
+
+def _of_inputs(grads: list, tau: Tensor | None, threshold: Tensor | None, dtypes: list) -> list[Tensor | None]:
+    """Of y, residual, tau, v_threshold and the norms' parameters, in the place of what a layer's backward pass gave."""
+    grads[2:4] = _neuron.parameter_gradients(*grads[2:4], tau, threshold)
+    for place, dtype in enumerate(dtypes, start=4):
+        if dtype is None:
+            grads[place] = None
+        elif grads[place].dtype is not dtype:
+            grads[place] = grads[place].to(dtype)
+    return grads
 
 
 _kernel = functools.partial(kernel_module, "bn_lif")
@@ -217,11 +305,27 @@ _SCHEMA = (
 _TENSORS = 9  # the first of the arguments
 
 
-def _run(*flat):
+def _traced(y, residual, learned, numbers, given, kind):
+    """The operator in a graph of torch.compile or torch.export, and on tensors whose elements may be elsewhere."""
+    table, counts = table_of(given, None, functools.partial(_statistics, backend=numbers[-1]))
+    parameters = *(parameter for *_, norm in given for parameter in norm.tensors[:2]), None, None
+    call = _Call(y, residual, *learned, *parameters[:4], table, *(*counts, 0)[:2], numbers, *kind)
+    spikes, m, packed = _bn_lif(*call.flat())
+    if kind.pack:
+        _packed.keep(spikes.unflatten(0, (kind.time_steps, -1)), packed)
+    return (spikes, m) if kind.keep_m else spikes
+
+
+def _plan(call: _Call) -> Plan:
+    kind = Kind(call.time_steps, call.static, call.keep_m, call.pack)
+    plan = Plan(_kernel(call.numbers[-1]), call.y, call.residual, call.options, [], kind)
+    plan.counts = call.counts
+    return plan
+
+
+def _forward(*flat):
     call = _Call.parse(flat)
-    return _kernel(call.numbers[-1]).forward(
-        call.y, call.residual, scales(call.table), call.options, **call.rest, keep_m=call.keep_m, pack=call.pack
-    )
+    return _or_empty(call.y, _plan(call).forward(call.y, call.residual, call.options, call.table, []))
 
 
 def _or_empty(like: Tensor, outputs) -> tuple[Tensor, ...]:
@@ -231,7 +335,7 @@ def _or_empty(like: Tensor, outputs) -> tuple[Tensor, ...]:
 
 _bn_lif = torch.library.custom_op(
     "seal_fast::bn_lif",
-    lambda *flat: _or_empty(flat[0], _run(*flat)),
+    _forward,
     mutates_args=(),
     schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
@@ -244,47 +348,20 @@ def _(*flat):
     return _or_empty(call.y, forward_outputs(given, keep_m=call.keep_m, pack=call.pack))
 
 
-def _run_backward(grad_spikes, grad_m, *arguments, group=None):
-    """Gradients of y, residual, θ, 1/τ (each neuron's part) and the norms' four parameters; None where not wanted."""
+def _backward(grad_spikes, grad_m, *arguments):
+    """Gradients of y, residual, θ, 1/τ (each neuron's part) and the norms' four parameters; empty where not wanted."""
     *flat, needs_y, needs_residual = arguments
     call = _Call.parse(tuple(flat))
-    y, residual, counts = call.y, call.residual, call.counts
-    kernel = _kernel(call.numbers[-1])
-    batch = y.shape[0] if call.static else y.shape[0] // call.time_steps
-    wanted = [needs_y, residual is not None and needs_residual]
-    static = [call.static, residual is not None and residual.shape[0] == batch]
-    found = kernel.backward(
-        *(grad_spikes, grad_m, y, residual, call.table, call.options),
-        counts=counts if group is None else (0,) * len(counts),
-        **call.rest,
-        steps=any(want and not summed for want, summed in zip(wanted, static, strict=True)),
-        total=any(want and summed for want, summed in zip(wanted, static, strict=True)),
-        parameters=call.tau is not None or call.threshold is not None,
+    grads = _plan(call).backward(
+        grad_spikes, grad_m, call.y, call.residual, call.options, call.table, (needs_y, needs_residual)
     )
-    coefficients = found.coefficients
-    if group is not None:
-        coefficients = coefficients_of(call.table, ranks.summed(found.sums, group), counts)
-    rows = [found.grad_total if summed else found.grad_steps for summed in static]
-    grads = [None, rows[1] if wanted[1] else None]
-    for i, (count, source) in enumerate(zip(counts, (y, residual), strict=False)):
-        if wanted[i]:
-            needed_again = i == 0 and wanted[1] and static[0] == static[1]
-            source = None if isinstance(count, int) and count == 0 else source
-            of_norm = coefficients[3 * i : 3 * i + 3]
-            grads[i] = kernel.normalised_gradient(rows[i], source, of_norm, in_place=not needed_again)
-    # Not as views, which autograd.grad would hand out: changing one in place would count as a change of the others.
-    grads += [found.grad_threshold, found.grad_inverse_tau, *(row.data for row in found.grad_norms.unbind())]
-    return *grads, *[None] * (8 - len(grads))
-
-
-def _run_backward_apart(*arguments):
-    grads = _or_empty(arguments[0], _run_backward(*arguments))
+    grads = _or_empty(grad_spikes, (*grads, *[None] * (8 - len(grads))))
     return *grads[:4], *(grad.clone() for grad in grads[4:])  # a registered operator's outputs share no memory
 
 
 _bn_lif_backward = torch.library.custom_op(
     "seal_fast::bn_lif_backward",
-    _run_backward_apart,
+    _backward,
     mutates_args=(),
     schema=(
         f"(Tensor grad_spikes, Tensor? grad_m, {_SCHEMA}, bool needs_y, bool needs_residual) -> "
@@ -307,7 +384,6 @@ def _(grad_spikes, grad_m, *arguments):
 
 
 def _save(ctx, flat, output):
-    """Keep what backward reads; of the norms' parameters it is in the table, and torch lets a bias change meanwhile."""
     *tensors, weight, bias, residual_weight, residual_bias, table = flat[:_TENSORS]
     ctx.save_for_backward(*tensors, table)
     parameters = weight, bias, residual_weight, residual_bias
@@ -316,45 +392,16 @@ def _save(ctx, flat, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, needs, run, grad_spikes, grad_m):
+def _registered_gradients(ctx, grad_spikes, grad_m, _):
     *tensors, table = ctx.saved_tensors
     call = _Call.parse((*tensors, *[None] * len(ctx.dtypes), table, *ctx.rest))
     if grad_spikes is None:
-        rows = call.y.shape[0] * (call.time_steps if call.static else 1)
-        grad_spikes = call.y.new_zeros(()).expand(rows, *call.y.shape[1:])
-    grads = run(grad_spikes, grad_m if call.keep_m else None, *call.flat(), *needs)
-    grad_y, grad_residual, grad_threshold, grad_inverse_tau, *of_parameters = grads
-    return (
-        grad_y if needs[0] else None,
-        grad_residual if needs[1] else None,
-        *_neuron.parameter_gradients(grad_threshold, grad_inverse_tau, call.tau, call.threshold),
-        *(None if dtype is None else grad.to(dtype) for dtype, grad in zip(ctx.dtypes, of_parameters, strict=True)),
-        *[None] * (len(ctx.rest) + 1),
-    )
-
-
-class _Eager(torch.autograd.Function):
-    """The operator without its registration, and over several ranks."""
-
-    @staticmethod
-    def forward(ctx, group, *flat):
-        output = _run(*flat)
-        _save(ctx, flat, output)
-        ctx.group = group
-        ctx.mark_non_differentiable(*output[2:] if output[2] is not None else ())
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_spikes, grad_m, _):
-        refuse_batched("bn_lif", grad_spikes, grad_m)
-        # Where a graph of the backward pass is asked for, the registered operator refuses to be differentiated again.
-        registered = torch.is_grad_enabled() and ctx.group is None
-        run = _bn_lif_backward if registered else functools.partial(_run_backward, group=ctx.group)
-        return None, *_gradients(ctx, ctx.needs_input_grad[1:3], run, grad_spikes, grad_m)
-
-
-def _registered_gradients(ctx, grad_spikes, grad_m, _):
-    return _gradients(ctx, ctx.needs_input_grad[:2], _bn_lif_backward, grad_spikes, grad_m)
+        grad_spikes = _no_gradient(call.y, call)
+    needs = ctx.needs_input_grad[:2]
+    grads = _bn_lif_backward(grad_spikes, grad_m if call.keep_m else None, *call.flat(), *needs)
+    grad_y, grad_residual, *others = _of_inputs(list(grads), call.tau, call.threshold, ctx.dtypes)
+    rest = [None] * (len(ctx.rest) + 1)
+    return grad_y if needs[0] else None, grad_residual if needs[1] else None, *others, *rest
 
 
 def _refuse_second_derivative(ctx, *grads):

@@ -1,0 +1,111 @@
+"""Calls of a layer with tensors of one layout, by the kernels of any room."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..lif.reference import state_dtype
+from ..neuron.options import Options
+from . import ranks
+from .norms import Norm, coefficients_of, scales
+
+
+class Kind(NamedTuple):
+    """What calls of a layer have in common besides the layout of their tensors."""
+
+    time_steps: int
+    static: bool  # whether y is [B, C, ...], the same at each time step
+    keep_m: bool
+    pack: bool
+
+
+class Plan:
+    """What calls of bn_lif that differ in their tensors' elements alone share. A room's own may find out more, once.
+
+    Args:
+        kernel: The room's module.
+        y: The layer's input, or one like it; this and residual as in tensors.py.
+        residual: Likewise.
+        options: Of the neuron; each call gives the tensors among them.
+        norms: The batch norms of y and, if it has one, of the residual; each call gives their tensors.
+        kind: What else the calls have in common.
+        group: Ranks that share the statistics, where they are several.
+    """
+
+    def __init__(
+        self,
+        kernel: ModuleType,
+        y: Tensor,
+        residual: Tensor | None,
+        options: Options,
+        norms: list[Norm],
+        kind: Kind,
+        group: ProcessGroup | None = None,
+    ):
+        self.kernel, self.kind, self.group = kernel, kind, group
+        self.options = options.without_tensors()
+        self.counts = tuple(norm.count for norm in norms)
+        self.numbers = [norm.numbers for norm in norms]
+        self.state = state_dtype(y.dtype)
+        batch = y.shape[0] if kind.static else y.shape[0] // kind.time_steps
+        self.fixed = [kind.static, residual is not None and residual.shape[0] == batch]  # over time: y and residual
+
+    def table(self, y: Tensor) -> Tensor:
+        """Room for what norms.py says."""
+        return torch.empty(4 * len(self.counts), y.shape[1], dtype=self.state, device=y.device)
+
+    def forward(
+        self,
+        y: Tensor,
+        residual: Tensor | None,
+        options: Options,
+        table: Tensor | None,  # None: not needed afterwards
+        norms: list[tuple[Tensor | None, ...]],  # the tensors of each Norm; none where the table is filled already
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Spikes [T·B, C, ...], and if kept the membrane input and the spikes as bits."""
+        if table is None:
+            table = self.table(y)
+        for i, (tensors, numbers) in enumerate(zip(norms, self.numbers, strict=False)):
+            self.kernel.fill_table(table, i, residual if i else y, Norm(*tensors, *numbers))
+        return self.kernel.forward(y, residual, scales(table), options, **self.kind._asdict())
+
+    def backward(
+        self,
+        grad_spikes: Tensor,
+        grad_m: Tensor | None,
+        y: Tensor,
+        residual: Tensor | None,
+        options: Options,
+        table: Tensor,
+        needs: tuple[bool, bool],  # whether y and residual need gradients
+    ) -> list[Tensor | None]:
+        """Gradients of y, residual, θ, 1/τ (each neuron's part) and each norm's weight and bias."""
+        kernel, counts = self.kernel, self.counts
+        wanted = (needs[0], residual is not None and needs[1])
+        found = kernel.backward(
+            *(grad_spikes, grad_m, y, residual, table, options),
+            counts=counts if self.group is None else (0,) * len(counts),
+            time_steps=self.kind.time_steps,
+            static=self.kind.static,
+            steps=any(want and not fixed for want, fixed in zip(wanted, self.fixed, strict=True)),
+            total=any(want and fixed for want, fixed in zip(wanted, self.fixed, strict=True)),
+            parameters=options.in_tensors,
+        )
+        coefficients = found.coefficients
+        if self.group is not None:
+            coefficients = coefficients_of(table, ranks.summed(found.sums, self.group), counts)
+        rows = [found.grad_total if fixed else found.grad_steps for fixed in self.fixed]
+        grads = [None, rows[1] if wanted[1] else None]
+        for i, (count, source) in enumerate(zip(counts, (y, residual), strict=False)):
+            if wanted[i]:
+                needed_again = i == 0 and wanted[1] and self.fixed[0] == self.fixed[1]
+                source = None if isinstance(count, int) and count == 0 else source
+                of_norm = coefficients[3 * i : 3 * i + 3]
+                grads[i] = kernel.normalised_gradient(rows[i], source, of_norm, in_place=not needed_again)
+        # Not as views, which autograd.grad would hand out: changing one in place would count as a change of the others.
+        return [*grads, found.grad_threshold, found.grad_inverse_tau, *(row.data for row in found.grad_norms.unbind())]
