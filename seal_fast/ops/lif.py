@@ -10,11 +10,12 @@ from torch import Tensor
 from ..backends import is_transformed, resolve
 from ..kernels.launch.layout import as_rows, empty_rows
 from ..kernels.lif import reference
+from ..kernels.lif.plan import Plan
 from ..kernels.packing.reference import bytes_of, pack
 from ..kernels.surrogate.reference import Surrogate
 from . import _neuron, _packed
 from ._arguments import neuron_options, require_device, require_float_tensor, require_per_channel, shape
-from ._dispatch import is_eager, kernel_module, refuse_batched
+from ._dispatch import NO_KEY, Plans, is_eager, kernel_module, key_of, once, refuse_batched
 
 
 def lif(
@@ -62,6 +63,17 @@ def lif(
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value, or the named backend cannot run.
     """
+    wanted = return_v_last, return_packed, _packed.wanted()
+    key = None
+    if not torch.compiler.is_compiling():
+        try:
+            key = _key(x, v_init, tau, v_threshold, surrogate, (decay_input, v_reset, detach_reset), wanted, backend)
+            plan = _plans.get(key)
+        except NO_KEY:
+            plan = None
+        if plan is not None:
+            return _run(plan, x, v_init, (tau, v_threshold), wanted)
+
     require_float_tensor("x", x, "[T, ...]")
     if x.dim() < 1 or x.shape[0] == 0:
         raise ValueError(f"x must be [T, ...] with at least one time step; got {shape(x)}.")
@@ -76,17 +88,35 @@ def lif(
     chosen = resolve(backend, "lif", x.device)
     if chosen == "torch":
         spikes, v_last = reference.lif(x, v_init=_carried(v_init), **options)
-        outputs = spikes, v_last if return_v_last else None
-        packed = pack(spikes.detach()) if return_packed or _packed.wanted() else None
-        if _packed.wanted():
-            _packed.keep(spikes, packed)
-        return (*outputs, packed) if return_packed else outputs
-    numbers, (tau_tensor, threshold_tensor) = _neuron.numbers_of(options, chosen)
-    run = _Eager.apply if is_eager(x, v_init, tau_tensor, threshold_tensor) else _lif
-    keep = _packed.wanted()
-    spikes, v_last, packed = run(
-        x, v_init, tau_tensor, threshold_tensor, *numbers, return_v_last, return_packed or keep
-    )
+        packed = pack(spikes.detach()) if any(wanted[1:]) else None
+        return _outputs(spikes, v_last, packed, wanted)
+    numbers, learned = _neuron.numbers_of(options, chosen)
+    if is_eager(x, v_init, *learned):
+        of_kernel = _kernel(chosen).Plan if chosen == "cpu" else Plan
+        plan = of_kernel(_kernel(chosen), x, _neuron.options_of(*learned, numbers), return_v_last, any(wanted[1:]))
+        if key is not None:
+            _plans[key] = plan
+        return _run(plan, x, v_init, learned, wanted)
+    return _outputs(*_lif(x, v_init, *learned, *numbers, return_v_last, any(wanted[1:])), wanted)
+
+
+_plans = Plans()
+
+
+def _key(x, v_init, tau, threshold, surrogate, neuron, wanted, backend) -> tuple:
+    chosen = resolve(backend, "lif", x.device)
+    kind = surrogate if type(surrogate) is str else (surrogate.name, surrogate.alpha)
+    return chosen, kind, neuron, wanted, key_of(tau), key_of(threshold), key_of(x), key_of(v_init)
+
+
+def _run(plan, x, v_init, learned, wanted):
+    run = _Eager.apply if torch.is_grad_enabled() else functools.partial(_Eager.forward, None)
+    return _outputs(*run(plan, x, v_init, *map(_neuron.tensor, learned)), wanted)
+
+
+def _outputs(spikes, v_last, packed, wanted):
+    """What the operator returns of it, after a context of packed spikes has seen it."""
+    return_v_last, return_packed, keep = wanted
     if keep:
         _packed.keep(spikes, packed)
     outputs = spikes, v_last if return_v_last else None
@@ -99,7 +129,7 @@ _OPTIONS = f"Tensor? tau_tensor, Tensor? threshold_tensor, {_neuron.SCHEMA}"
 _kernel = functools.partial(kernel_module, "lif")
 
 
-def _run(x, v_init, *arguments):
+def _forward(x, v_init, *arguments):
     *options, keep_v, pack = arguments
     outputs = _kernel(options[-1]).forward(
         x, v_init, _neuron.options_of(*options[:2], options[2:]), keep_v=keep_v, pack=pack
@@ -109,7 +139,7 @@ def _run(x, v_init, *arguments):
 
 _lif = torch.library.custom_op(
     "seal_fast::lif",
-    _run,
+    _forward,
     mutates_args=(),
     schema=f"(Tensor x, Tensor? v_init, {_OPTIONS}, bool keep_v, bool pack) -> (Tensor, Tensor, Tensor)",
 )
@@ -158,47 +188,61 @@ def _save(ctx, inputs, output):
     x, v_init, tau_tensor, threshold_tensor, *ctx.options, ctx.keep_v, _ = inputs
     ctx.save_for_backward(x, v_init, tau_tensor, threshold_tensor)
     ctx.set_materialize_grads(False)
-    ctx.run = _lif_backward
 
 
 def _backward(ctx, grad_spikes, grad_v_last, _):
+    x, v_init, tau, threshold = _saved(ctx)
+    grads = _lif_backward(
+        *(_or_zeros(grad_spikes, x), grad_v_last if ctx.keep_v else None, x, v_init, tau, threshold, *ctx.options)
+    )
+    return *_of_inputs(grads, v_init, tau, threshold), *[None] * (len(ctx.options) + 2)
+
+
+def _saved(ctx) -> tuple[Tensor | None, ...]:
     try:
-        x, v_init, tau_tensor, threshold_tensor = ctx.saved_tensors
+        return ctx.saved_tensors
     except RuntimeError as error:
         if "second time" not in str(error):
             raise
         raise RuntimeError(_SECOND_TIME) from None
-    if grad_spikes is None:
-        grad_spikes = torch.zeros_like(x[:1]).expand_as(x)
-    if not ctx.keep_v:
-        grad_v_last = None
-    grad_x, grad_v_init, grad_threshold, grad_inverse_tau = ctx.run(
-        grad_spikes, grad_v_last, x, v_init, tau_tensor, threshold_tensor, *ctx.options
-    )
-    return (
-        grad_x,
-        None if v_init is None else grad_v_init.to(v_init.dtype),
-        *_neuron.parameter_gradients(grad_threshold, grad_inverse_tau, tau_tensor, threshold_tensor),
-        *[None] * (len(ctx.options) + 2),
-    )
+
+
+def _or_zeros(grad_spikes: Tensor | None, x: Tensor) -> Tensor:
+    return torch.zeros_like(x[:1]).expand_as(x) if grad_spikes is None else grad_spikes
+
+
+def _of_inputs(grads, v_init, tau, threshold) -> list[Tensor | None]:
+    """Of x, v_init, tau and v_threshold, from what kernels give."""
+    grad_x, grad_v_init, grad_threshold, grad_inverse_tau = grads
+    grad_v_init = None if v_init is None else grad_v_init.to(v_init.dtype)
+    return [grad_x, grad_v_init, *_neuron.parameter_gradients(grad_threshold, grad_inverse_tau, tau, threshold)]
 
 
 class _Eager(torch.autograd.Function):
-    """The operator without its registration."""
+    """The operator without its registration, on tensors that are at hand."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _run(*inputs)
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[2])
-        return output
+    def forward(ctx, plan, x, v_init, tau, threshold):
+        outputs = plan.forward(x, v_init, plan.options.with_tensors(tau, threshold))
+        if ctx is not None:
+            ctx.save_for_backward(x, v_init, tau, threshold)
+            ctx.set_materialize_grads(False)
+            ctx.plan = plan
+            if outputs[2] is not None:
+                ctx.mark_non_differentiable(outputs[2])
+        return outputs
 
     @staticmethod
-    def backward(ctx, *grads):
-        refuse_batched("lif", *grads)
-        if not torch.is_grad_enabled():  # else the operator refuses to be differentiated again
-            ctx.run = _run_backward
-        return _backward(ctx, *grads)
+    def backward(ctx, grad_spikes, grad_v_last, _):
+        refuse_batched("lif", grad_spikes, grad_v_last)
+        x, v_init, tau, threshold = _saved(ctx)
+
+        def run():
+            options = ctx.plan.options.with_tensors(tau, threshold)
+            grads = ctx.plan.backward(_or_zeros(grad_spikes, x), grad_v_last, x, v_init, options)
+            return _of_inputs(grads, v_init, tau, threshold)
+
+        return None, *once("lif", run, grad_spikes, grad_v_last, x, v_init)
 
 
 class _Carried(torch.autograd.Function):
