@@ -176,9 +176,15 @@ class Plan(plan.Plan):
             arguments.grad_inverse_tau = grad_inverse_tau.data_ptr()
         grads = [grad_y, grad_residual, grad_threshold, grad_inverse_tau]
         for i, norm in enumerate(_norms_of(arguments)[: len(self.counts)]):
-            weight, bias = (torch.empty(self.C, dtype=self.state, device=self.device) for _ in range(2))
-            norm.grad_weight, norm.grad_bias = weight.data_ptr(), bias.data_ptr()
-            norm.out = None if grads[i] is None else grads[i].data_ptr()
+            if grads[i] is not None:
+                norm.out = grads[i].data_ptr()
+            weight = bias = None
+            if self.dtypes[2 * i]:
+                weight = torch.empty(self.C, dtype=self.state, device=self.device)
+                norm.grad_weight = weight.data_ptr()
+            if self.dtypes[2 * i + 1]:
+                bias = torch.empty(self.C, dtype=self.state, device=self.device)
+                norm.grad_bias = bias.data_ptr()
             grads += [weight, bias]
         self._run("seal_bn_lif_backward", arguments, options)
         return grads

@@ -23,6 +23,10 @@ class Kind(NamedTuple):
     keep_m: bool
     pack: bool
 
+    def no_gradient(self, y: Tensor) -> Tensor:
+        """What stands for the spikes' gradient where none comes: zeros [T·B, C, ...] in the memory of one."""
+        return y.new_zeros(()).expand(y.shape[0] * (self.time_steps if self.static else 1), *y.shape[1:])
+
 
 class Plan:
     """What calls of bn_lif that differ in their tensors' elements alone share. A room's own may find out more, once.
@@ -51,6 +55,7 @@ class Plan:
         self.options = options.without_tensors()
         self.counts = tuple(norm.count for norm in norms)
         self.numbers = [norm.numbers for norm in norms]
+        self.dtypes = [None if each is None else each.dtype for norm in norms for each in norm.tensors[:2]]
         self.state = state_dtype(y.dtype)
         batch = y.shape[0] if kind.static else y.shape[0] // kind.time_steps
         self.fixed = [kind.static, residual is not None and residual.shape[0] == batch]  # over time: y and residual
@@ -107,5 +112,8 @@ class Plan:
                 source = None if isinstance(count, int) and count == 0 else source
                 of_norm = coefficients[3 * i : 3 * i + 3]
                 grads[i] = kernel.normalised_gradient(rows[i], source, of_norm, in_place=not needed_again)
+        grads += [found.grad_threshold, found.grad_inverse_tau]
         # Not as views, which autograd.grad would hand out: changing one in place would count as a change of the others.
-        return [*grads, found.grad_threshold, found.grad_inverse_tau, *(row.data for row in found.grad_norms.unbind())]
+        for row, dtype in zip(found.grad_norms.unbind(), self.dtypes, strict=True):
+            grads.append(None if dtype is None else row.data.to(dtype))
+        return grads

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 import torch
@@ -40,11 +41,28 @@ class Plans(dict):
         super().__setitem__(key, plan)
 
 
-def key_of(value: Tensor | float | None) -> tuple | float | None:
-    """All that a plan depends on: of a tensor all but its elements, their address and its graph."""
-    if isinstance(value, Tensor):
-        return type(value), value.dtype, value.device, value.shape, value.stride()
-    return value
+class _Absent:
+    """Stands for a tensor that is not there."""
+
+    dtype = device = shape = None
+
+    @staticmethod
+    def stride() -> None:
+        pass
+
+
+_facts, _stride = operator.attrgetter("__class__", "dtype", "device", "shape"), operator.methodcaller("stride")
+
+
+def key_of(tensors: Iterable[Tensor | None]) -> tuple:
+    """All that a plan depends on, of tensors: all but their elements, addresses and graphs."""
+    tensors = [_Absent if tensor is None else tensor for tensor in tensors]
+    return *map(_facts, tensors), *map(_stride, tensors)
+
+
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an operation on these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 # What a key of a call raises that the operator's checks have a sentence for.

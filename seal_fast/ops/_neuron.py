@@ -24,6 +24,13 @@ def tensor(value: float | Tensor | None) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def key_of(lif) -> tuple:
+    """All that a plan depends on, of a neuron's options that are no tensors; True equals 1, but is another option."""
+    surrogate, values = lif.surrogate, [lif.tau, lif.v_threshold, lif.v_reset, lif.decay_input, lif.detach_reset]
+    values[:2] = [None if isinstance(value, Tensor) else value for value in values[:2]]
+    return surrogate.name, surrogate.alpha, *values, *map(type, values)
+
+
 def numbers_of(options: dict, backend: str) -> tuple[tuple, tuple[Tensor | None, Tensor | None]]:
     """The checked options of a neuron as the arguments in SCHEMA, and τ and θ where they are tensors."""
     tau, tau_tensor = number_and_tensor(options["tau"])

@@ -12,7 +12,7 @@ from ..kernels.bn_lif import norms, ranks
 from ..kernels.bn_lif.norms import Norm
 from ..kernels.bn_lif.reference import has_step_modes, update_running_statistics
 from ..kernels.lif.reference import state_dtype
-from ._dispatch import is_plain, key_of
+from ._dispatch import is_plain
 
 _PLAIN = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 
@@ -36,11 +36,20 @@ def tensors_of(bn: nn.Module) -> tuple[Tensor | None, ...]:
     return bn.weight, bn.bias, bn.running_mean, bn.running_var, tracked
 
 
-def key_of_norm(bn: nn.Module, tensors: tuple[Tensor | None, ...]) -> tuple:
-    """All that a plan depends on."""
-    options = bn.training, bn.track_running_stats, bn.momentum, bn.eps, bn.num_features
-    alone = has_hooks(bn), ranks.synchronised(bn) is None
-    return type(bn), type(bn).forward, *options, *alone, *map(key_of, tensors)
+def key_of_norm(bn: nn.Module) -> tuple:
+    """All that a plan depends on besides the module's tensors."""
+    kind, forward, alone = type(bn), type(bn).forward, ranks.synchronised(bn) is None
+    return (
+        kind,
+        forward,
+        alone,
+        has_hooks(bn),
+        bn.training,
+        bn.track_running_stats,
+        bn.momentum,
+        bn.eps,
+        bn.num_features,
+    )
 
 
 def norm_of(bn: nn.Module, y: Tensor, repeats: int, group: ProcessGroup | None) -> Norm:

@@ -35,7 +35,7 @@ class packed_spikes(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801
 
     def __enter__(self):
         super().__enter__()
-        self._outer.append(getattr(_here, "context", None))
+        self._outer.append(_here.context)
         _here.context = self
         return self
 
@@ -106,14 +106,20 @@ class _Kept(NamedTuple):
         return self.tensor
 
 
-_here = threading.local()
+class _Here(threading.local):
+    """What each thread has for itself."""
+
+    context: packed_spikes | None = None  # the innermost one that it is within
+
+
+_here = _Here()
 
 
 def wanted() -> bool:
     """Whether neurons that fire now should pack their spikes."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _here.context is None:
         return False
-    return getattr(_here, "context", None) is not None and torch.is_grad_enabled() and not is_transformed()
+    return torch.is_grad_enabled() and not is_transformed()
 
 
 def keep(spikes: Tensor, packed: Tensor) -> None:

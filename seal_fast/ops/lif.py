@@ -15,7 +15,7 @@ from ..kernels.packing.reference import bytes_of, pack
 from ..kernels.surrogate.reference import Surrogate
 from . import _neuron, _packed
 from ._arguments import neuron_options, require_device, require_float_tensor, require_per_channel, shape
-from ._dispatch import NO_KEY, Plans, is_eager, kernel_module, key_of, once, refuse_batched
+from ._dispatch import NO_KEY, Plans, is_eager, kernel_module, key_of, needs_graph, once, refuse_batched
 
 
 def lif(
@@ -67,12 +67,14 @@ def lif(
     key = None
     if not torch.compiler.is_compiling():
         try:
-            key = _key(x, v_init, tau, v_threshold, surrogate, (decay_input, v_reset, detach_reset), wanted, backend)
+            tensors = x, v_init, _neuron.tensor(tau), _neuron.tensor(v_threshold)
+            neuron = decay_input, v_reset, detach_reset
+            key = _key(tensors, tau, v_threshold, surrogate, neuron, wanted, backend)
             plan = _plans.get(key)
         except NO_KEY:
             plan = None
         if plan is not None:
-            return _run(plan, x, v_init, (tau, v_threshold), wanted)
+            return _run(plan, tensors, wanted)
 
     require_float_tensor("x", x, "[T, ...]")
     if x.dim() < 1 or x.shape[0] == 0:
@@ -96,22 +98,23 @@ def lif(
         plan = of_kernel(_kernel(chosen), x, _neuron.options_of(*learned, numbers), return_v_last, any(wanted[1:]))
         if key is not None:
             _plans[key] = plan
-        return _run(plan, x, v_init, learned, wanted)
+        return _run(plan, (x, v_init, *learned), wanted)
     return _outputs(*_lif(x, v_init, *learned, *numbers, return_v_last, any(wanted[1:])), wanted)
 
 
 _plans = Plans()
 
 
-def _key(x, v_init, tau, threshold, surrogate, neuron, wanted, backend) -> tuple:
-    chosen = resolve(backend, "lif", x.device)
+def _key(tensors, tau, threshold, surrogate, neuron, wanted, backend) -> tuple:
+    chosen = resolve(backend, "lif", tensors[0].device)
     kind = surrogate if type(surrogate) is str else (surrogate.name, surrogate.alpha)
-    return chosen, kind, neuron, wanted, key_of(tau), key_of(threshold), key_of(x), key_of(v_init)
+    values = *neuron, *(None if isinstance(value, Tensor) else value for value in (tau, threshold))
+    return chosen, kind, wanted, values, *map(type, values), key_of(tensors)
 
 
-def _run(plan, x, v_init, learned, wanted):
-    run = _Eager.apply if torch.is_grad_enabled() else functools.partial(_Eager.forward, None)
-    return _outputs(*run(plan, x, v_init, *map(_neuron.tensor, learned)), wanted)
+def _run(plan, tensors, wanted):
+    outputs = _Eager.apply(plan, *tensors) if needs_graph(*tensors) else _Eager.forward(None, plan, *tensors)
+    return _outputs(*outputs, wanted)
 
 
 def _outputs(spikes, v_last, packed, wanted):

@@ -13,7 +13,7 @@ from seal_fast.backends import _DEVICES
 def carry(patch, backend: str) -> None:
     """Let `backend`, which serves the GPU alone, take CPU tensors while `patch` (pytest's MonkeyPatch) holds."""
     patch.setitem(_DEVICES, backend, "cpu")
-    for name in ("lif", "bn_lif", "_packed"):
+    for name in ("lif", "bn_lif", "_traced", "_packed"):
         operator = importlib.import_module(f"seal_fast.ops.{name}")
         patch.setattr(operator, "_kernel", _loader(operator._kernel, backend))
 
