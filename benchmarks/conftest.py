@@ -146,7 +146,7 @@ def _no_figures(report, section: str, group: str, contestant: str, failure: meas
 def contest(request, benchmark, report, timed, seconds):
     """Times the contestants of a group in turn, and shows one: its time, and how near that is to the least possible."""
 
-    def run(group, contestant, prepare, *, floor_bytes=None, tensor_bytes=None, shown=None, **facts):
+    def run(group, contestant, prepare, *, floor_bytes=None, tensor_bytes=None, shown=None, note="", **facts):
         name, extra, contestants = shown or contestant, benchmark.extra_info, _contestants(request)
         benchmark.group = group
         extra.update(contestant=name, **facts)
@@ -163,7 +163,7 @@ def contest(request, benchmark, report, timed, seconds):
             share = figures.ratio(times[COPY], own, floor_bytes / (2 * tensor_bytes))
             extra["share_of_copy_bandwidth"] = share
             line = f"{line:108s} {share.shown('4.0f', 100)} %"
-        report(SECTION, group, line)
+        report(SECTION, group, f"{line}  {note}".rstrip())
 
     return run
 

@@ -95,6 +95,7 @@ ARCHITECTURES = {
     "resnet18": (Block, (2, 2, 2, 2), (64, 128, 256, 512), None),
     "resnet19": (Block, (3, 3, 2), (128, 256, 512), 256),
     "preact_resnet34": (PreActBlock, (3, 4, 6, 3), (64, 128, 256, 512), None),
+    "narrow_resnet18": (Block, (2, 2, 2, 2), (8, 8, 8, 8), None),
 }
 
 

@@ -29,6 +29,8 @@ QUANTITIES = {
     "peak_bytes": "B",
     "kept_bytes": "B",
     "kept_bytes_per_neuron_step": "B",
+    "kernels": "1",
+    "torch_operations": "1",
     **{f"{part}_seconds": "s" for part in ("convolutions", "teacher", "loss", "rest", "data_wait")},
 }
 
