@@ -72,7 +72,7 @@ def data_waits(problem: Problem, step: Step, steps: int) -> list[float]:
     dataset = ImagesInMemory(images, np.zeros(len(images), np.int64), transforms.train)
     workers = min(8, os.cpu_count() or 1)
     loader = DataLoader(dataset, problem.labels.numel(), num_workers=workers, pin_memory=problem.device.type == "cuda")
-    feed = Feed(loader, problem.device, transforms.finish_train)
+    feed = Feed(loader, problem.device, transforms.finish_train, torch.channels_last)
     waited = []
     for _ in feed:
         waited.append(feed.waited)

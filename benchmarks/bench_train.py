@@ -72,7 +72,7 @@ def compete(
                     step()
                     known["peak_bytes"] = torch.cuda.max_memory_allocated() - before
                 if "kept_bytes" not in known:
-                    apart = [*step.student.parameters(), *step.student.buffers(), problem.inputs]
+                    apart = [*step.student.parameters(), *step.student.buffers(), problem.inputs, problem.arranged]
                     known["kept_bytes"] = measure.kept_bytes(step.forward, apart) / problem.recorded[1]
                 known["note"] = step.note
             steps[contestant] = step

@@ -17,6 +17,7 @@ import peers
 import published
 import seal_fast
 from seal_fast.models import folded
+from seal_fast.train.feed import arranged
 from seal_fast.train.tasks import DistillTask, parameter_groups
 
 WEIGHTS = {"alpha": 0.6, "beta": 0.15}
@@ -81,6 +82,11 @@ class Problem:
         with torch.no_grad():
             self.teacher(self.inputs.mean(1) if case.events else self.inputs)
         self.teacher.eval().requires_grad_(False)
+
+    @functools.cached_property
+    def arranged(self) -> torch.Tensor:
+        """The inputs as the trainers' feed brings them."""
+        return arranged(self.inputs, torch.channels_last)
 
     @functools.cached_property
     def recorded(self) -> tuple[list[floors.Layer], int]:
@@ -148,7 +154,7 @@ def ours(problem: Problem, amp: torch.dtype | None, packed: bool = False) -> Ste
 
     def forward():
         with torch.autocast(problem.device.type, dtype=amp, enabled=amp is not None):
-            return task(problem.inputs, problem.labels).loss
+            return task(problem.arranged, problem.labels).loss
 
     def packed_forward():
         with seal_fast.packed_spikes():

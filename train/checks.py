@@ -179,6 +179,11 @@ def as_published(args: argparse.Namespace) -> bool:
     return args.amp == "off" and getattr(args, "backend", None) == "torch"
 
 
+def memory_format(args: argparse.Namespace) -> torch.memory_format:
+    """Of networks and images."""
+    return torch.contiguous_format if as_published(args) else torch.channels_last
+
+
 def kernels_of(args: argparse.Namespace) -> dict[str, str]:
     """Operator -> backend of the kernels that a student's run uses; the loss has fewer backends than the neurons.
 

@@ -17,7 +17,7 @@ import torch
 from seal_fast.backends import BACKENDS
 from seal_fast.models import STUDENTS, TEACHERS
 from seal_fast.train import checkpoint, data, ranks
-from seal_fast.train.checks import as_published, kernels_of, smallest_part
+from seal_fast.train.checks import kernels_of, memory_format, smallest_part
 from seal_fast.train.command import command
 from seal_fast.train.engine import evaluate
 from seal_fast.train.errors import UsageError
@@ -48,9 +48,10 @@ def run(args: argparse.Namespace) -> dict:
         known = f"{trained.path} takes inputs of {trained.in_channels} channels"
         raise UsageError(f"{known}; {splits.name} has {splits.in_channels}.")
     device = torch.device(options.device)
-    network.to(device, memory_format=torch.contiguous_format if as_published(options) else torch.channels_last)
+    layout = memory_format(options)
+    network.to(device, memory_format=layout)
     ranks.say(f"{trained.path}: {headline(trained, options)}")
-    feed = Feed(val_loader_of(splits, options), device, splits.finish_val)
+    feed = Feed(val_loader_of(splits, options), device, splits.finish_val, layout)
     begun = time.perf_counter()
     result = evaluate(task_of(network, trained.role), feed, device=device, amp=options.amp)
     speed = len(splits.val) / (time.perf_counter() - begun)

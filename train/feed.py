@@ -21,16 +21,24 @@ class Feed:
         loader: Batches (inputs, labels), or (inputs, labels, draws) with the random numbers that `finish` takes.
         device: Where they go.
         finish: What is left to do to a batch of inputs on the device; None for nothing.
+        memory_format: Of what the networks get; see `arranged`.
 
     Attributes:
         waited: Seconds spent waiting for the loader so far. On a GPU, which has work while the host waits, it stands
             still for less than that.
     """
 
-    def __init__(self, loader: Iterable, device: torch.device, finish: Callable[..., Tensor] | None = None):
+    def __init__(
+        self,
+        loader: Iterable,
+        device: torch.device,
+        finish: Callable[..., Tensor] | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ):
         self.loader = loader
         self.device = device
         self.finish = finish
+        self.memory_format = memory_format
         self.waited = 0.0
 
     def __len__(self) -> int:
@@ -51,7 +59,8 @@ class Feed:
 
     def _bring(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         inputs, labels, *draws = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        return inputs if self.finish is None else self.finish(inputs, *draws), labels
+        finished = inputs if self.finish is None else self.finish(inputs, *draws)
+        return arranged(finished, self.memory_format), labels
 
     def _bring_beside(self, stream: torch.cuda.Stream, *batch: Tensor) -> tuple[Tensor, Tensor]:
         with torch.cuda.stream(stream):
@@ -61,6 +70,26 @@ class Feed:
         for tensor in batch:
             tensor.record_stream(current)  # their memory is not given away while the step uses it
         return batch
+
+
+def arranged(inputs: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A batch as networks read it, so that no step has to copy it.
+
+    Args:
+        inputs: Images [B, C, H, W], events [B, T, C, H, W], or anything else, which is left alone.
+        memory_format: Of the images, or of each time step of the events.
+
+    Returns:
+        Images [B, C, H, W]; events [T, B, C, H, W], whose rows [T·B, C, H, W] are a view.
+    """
+    if inputs.dim() == 4:
+        return inputs.contiguous(memory_format=memory_format)
+    if inputs.dim() != 5:
+        return inputs
+    steps = inputs.transpose(0, 1)
+    shape = (steps.shape[0] * steps.shape[1], *steps.shape[2:])
+    rows = torch.empty(shape, dtype=steps.dtype, device=steps.device, memory_format=memory_format)
+    return rows.unflatten(0, steps.shape[:2]).copy_(steps)
 
 
 def _next(batches: Iterator) -> tuple[Tensor, ...] | None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from seal_fast import reuse_freed_memory
 from seal_fast.train import checkpoint, data, ranks
 from seal_fast.train.batches import Batches, Seeded
-from seal_fast.train.checks import as_published, kernels_of, resolve, saving, smallest_part
+from seal_fast.train.checks import kernels_of, memory_format, resolve, saving, smallest_part
 from seal_fast.train.engine import SKIPS, evaluate, train_epoch
 from seal_fast.train.errors import NonFiniteError, TrainingError, UsageError
 from seal_fast.train.feed import Feed
@@ -112,15 +112,16 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
         Of the best epoch: accuracy, accuracy_at, firing_rate; and folder.
     """
     device = torch.device(args.device)
-    task.network.to(device, memory_format=torch.contiguous_format if as_published(args) else torch.channels_last)
+    layout = memory_format(args)
+    task.network.to(device, memory_format=layout)
     if args.init_from is not None and run.resumed is None:
         load_start(task.network, args)
     task.parallel = ranks.parallel(task.network)
     signals = Signals()
     train_loader, val_loader = loaders_of(splits, args, signals)
     batches: Batches = train_loader.batch_sampler
-    train_feed = Feed(train_loader, device, splits.finish_train)
-    val_feed = Feed(val_loader, device, splits.finish_val)
+    train_feed = Feed(train_loader, device, splits.finish_train, layout)
+    val_feed = Feed(val_loader, device, splits.finish_val, layout)
     optimizer = optimizer_of(task.network, args, spiking=spiking)
     scheduler = scheduler_of(optimizer, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")

@@ -55,7 +55,7 @@ class TeacherTask(Task):
         super().__init__(network, time_steps=1)
 
     def predict(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Images [B,C,H,W] or events [B,T,C,H,W] -> logits [1, B, K]."""
+        """Images [B,C,H,W] or events [T,B,C,H,W] -> logits [1, B, K]."""
         return self.run(as_image(inputs)).unsqueeze(0)
 
     def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> Outcome:  # noqa: D102
@@ -89,8 +89,8 @@ class DistillTask(Task):
         }
 
     def predict(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Images [B,C,H,W] or events [B,T,C,H,W] -> logits [T, B, K]."""
-        return self.run(inputs.transpose(0, 1) if inputs.dim() == 5 else inputs)
+        """Images [B,C,H,W] or events [T,B,C,H,W] -> logits [T, B, K]."""
+        return self.run(inputs)
 
     def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> Outcome:  # noqa: D102
         reference = None if self.teacher is None else self._reference(inputs)
@@ -125,8 +125,8 @@ def _exact(logits: torch.Tensor) -> torch.Tensor:
 
 
 def as_image(inputs: torch.Tensor) -> torch.Tensor:
-    """What a teacher sees: images as they are, events [B,T,C,H,W] as their mean over T."""
-    return inputs.mean(1) if inputs.dim() == 5 else inputs
+    """What a teacher sees: images as they are, events [T,B,C,H,W] as their mean over T."""
+    return inputs.mean(0) if inputs.dim() == 5 else inputs
 
 
 def tau_of(decay: float) -> float:

@@ -75,14 +75,14 @@ def ours(problem: Problem, amp: str, variant: Variant) -> None:
         clock.forget()
         entry["before_MiB"] = torch.cuda.memory_allocated() / 2**20  # the problem, and what variants before left behind
         step = make(problem, amp, variant)
-        batches = problem.inputs, problem.inputs.flip(-1)
+        batches = problem.arranged, problem.arranged.flip(-1)
         losses = []
         for i in range(GraphedStep.WARM_UP + LOSSES):
             if i == GraphedStep.WARM_UP:  # until then libraries try what is fastest, and take memory for it
                 clock.forget()
             losses.append(step(batches[i % 2], problem.labels).loss.item())
         entry["losses"] = losses
-        run = lambda: step(problem.inputs, problem.labels)
+        run = lambda: step(problem.arranged, problem.labels)
         _note(entry, problem, run)
         entry["step_MiB"] = entry["peak_MiB"] - entry["before_MiB"]
         if not variant.graph:

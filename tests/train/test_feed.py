@@ -53,6 +53,20 @@ def test_batches_that_are_finished_pass_as_they_are():
     assert torch.equal(labels, torch.zeros(2))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_batches_come_as_networks_read_them(memory_format):
+    """So that nothing in a step copies them: images in the memory format, events with time outermost."""
+    images, events = torch.rand(4, 3, 5, 6), torch.rand(4, 7, 2, 5, 6)
+    got, _ = next(iter(Feed([(images, torch.zeros(4))], torch.device("cpu"), None, memory_format)))
+    assert torch.equal(got, images)
+    assert got.is_contiguous(memory_format=memory_format)
+    got, _ = next(iter(Feed([(events, torch.zeros(4))], torch.device("cpu"), None, memory_format)))
+    assert torch.equal(got, events.transpose(0, 1))
+    rows = got.flatten(0, 1)
+    assert rows.data_ptr() == got.data_ptr()
+    assert rows.is_contiguous(memory_format=memory_format)
+
+
 def test_waiting_for_the_loader_counts_and_the_step_does_not():
     feed = Feed(Slow(0.02), torch.device("cpu"))
     for _ in feed:

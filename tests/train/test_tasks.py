@@ -38,8 +38,8 @@ def test_weight_decay_acts_on_convolution_and_linear_weights_of_a_student_only()
 
 
 def test_teacher_sees_the_mean_over_time():
-    events = torch.arange(2 * 3 * 4.0).reshape(2, 3, 1, 2, 2)  # [B, T, C, H, W]
-    assert torch.equal(as_image(events), (events[:, 0] + events[:, 1] + events[:, 2]) / 3)
+    events = torch.arange(3 * 2 * 4.0).reshape(3, 2, 1, 2, 2)  # [T, B, C, H, W]
+    assert torch.equal(as_image(events), (events[0] + events[1] + events[2]) / 3)
     images = torch.zeros(2, 1, 2, 2)
     assert as_image(images) is images
 
@@ -49,7 +49,7 @@ def test_distillation_trains_the_student_alone():
     student = models.student("resnet18", num_classes=5, in_channels=2, time_steps=3)
     teacher = models.teacher("resnet18", num_classes=5, in_channels=2).eval()
     task = DistillTask(student, teacher, method="seal", alpha=0.6, beta=0.15, temperature=3.0, backend="auto")
-    outcome = task(torch.rand(4, 3, 2, 8, 8), torch.tensor([0, 1, 2, 3]))
+    outcome = task(torch.rand(3, 4, 2, 8, 8), torch.tensor([0, 1, 2, 3]))
     assert outcome.logits.shape == (3, 4, 5)
     total = outcome.parts["ce"] + 0.6 * outcome.parts["ela"] + 0.15 * outcome.parts["sta"]
     torch.testing.assert_close(outcome.loss.detach(), total)
