@@ -10,8 +10,9 @@ import torch
 from ..backends import resolve
 from ..kernels.lif.reference import state_dtype
 from ..kernels.seal_loss import reference
+from ..kernels.seal_loss.plan import Options, Plan
 from ._arguments import not_dense, require_device, require_float_tensor, require_number, shape
-from ._dispatch import is_eager, kernel_module, refuse_batched
+from ._dispatch import NO_KEY, Plans, is_eager, kernel_module, key_of, once, refuse_batched
 
 OBJECTIVES = ("seal", "kd", "tdkd")
 
@@ -62,6 +63,18 @@ def seal_loss(
         ValueError: An argument has the wrong shape, device or value, or the named backend cannot run. Label values are
             checked on the CPU only: reading them from a GPU would wait for it.
     """
+    key, tensors = None, (logits, teacher_logits, labels)
+    if not torch.compiler.is_compiling():
+        try:
+            numbers = alpha, beta, temperature, objective
+            chosen = resolve(backend, "seal_loss", logits.device, logits.dtype, logits.shape[0])
+            key = chosen, _needs_gradient(logits), numbers, *map(type, numbers), key_of(tensors)
+            plan = _plans.get(key)
+        except NO_KEY:
+            plan = None
+        if plan is not None:
+            return _run(plan, *tensors)
+
     _require_logits(logits)
     T, B, K = logits.shape
     require_float_tensor("teacher_logits", teacher_logits, "[B, K]")
@@ -75,22 +88,44 @@ def seal_loss(
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}.")
     chosen = resolve(backend, "seal_loss", logits.device, logits.dtype, T)
-    if labels.device.type == "cpu" and chosen != "cpu" and _readable(labels):
-        reference.require_classes(labels, K)  # that kernel looks at them itself
+    read = (
+        labels.device.type == "cpu" and chosen != "cpu" and _readable(labels)
+    )  # the CPU's kernel looks at them itself
+    if read:
+        reference.require_classes(labels, K)
     if chosen == "torch":
         parts = reference.seal_loss(
             logits, teacher_logits, labels, alpha=alpha, beta=beta, temperature=temperature, objective=objective
         )
         return LossParts(*parts)
-    if teacher_logits.requires_grad:
-        teacher_logits = teacher_logits.detach()
-    gradient = torch.is_grad_enabled() and logits.requires_grad
-    numbers = float(alpha), float(beta), float(temperature)
-    others = (teacher_logits, labels, *numbers, objective, chosen, gradient)
-    if is_eager(logits, teacher_logits, labels):
-        loss, parts = _Eager.apply(logits, others) if gradient else _without_gradient(logits, *others)
-        return LossParts(loss, *parts)
-    return LossParts(*_loss(logits, *others)[:4])
+    options = Options(float(alpha), float(beta), float(temperature), objective, _needs_gradient(logits))
+    if not is_eager(*tensors):
+        return LossParts(*_loss(logits, teacher_logits.detach(), labels, *options[:-1], chosen, options.gradient)[:4])
+    plan = Plan(_kernel(chosen), *tensors, options)
+    if key is not None and not read:
+        _plans[key] = plan
+    return _run(plan, *tensors)
+
+
+_plans = Plans()
+
+
+def _needs_gradient(logits: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and logits.requires_grad
+
+
+def _run(plan: Plan, logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor) -> LossParts:
+    others = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits, labels
+    if plan.options.gradient:
+        loss, parts = _Eager.apply(plan, logits, others)
+    else:
+        (loss, *parts), _ = _parts(plan, logits, *others)
+    return LossParts(loss, *parts)
+
+
+def _parts(plan, *tensors):
+    parts, grad = plan.forward(*tensors)
+    return parts.unbind(0), grad
 
 
 def selective_alignment_weights(logits: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,35 +184,19 @@ _SCHEMA = (
 )
 
 
-def _run(logits, teacher_logits, labels, alpha, beta, temperature, objective, backend, gradient):
-    parts, grad = _kernel(backend).forward(
-        logits,
-        teacher_logits,
-        labels,
-        alpha=alpha,
-        beta=beta,
-        temperature=temperature,
-        objective=objective,
-        gradient=gradient,
+def _forward(logits, teacher_logits, labels, alpha, beta, temperature, objective, backend, gradient):
+    options = Options(alpha, beta, temperature, objective, gradient)
+    parts, grad = _parts(
+        Plan(_kernel(backend), logits, teacher_logits, labels, options), logits, teacher_logits, labels
     )
-    return parts.unbind(0), grad
-
-
-def _run_apart(*arguments):
-    parts, grad = _run(*arguments)
     # Outputs of a registered operator are tensors that share no memory.
     if grad is None:
-        grad = arguments[0].new_empty(0, dtype=reference.gradient_dtype(arguments[0].dtype))
+        grad = logits.new_empty(0, dtype=reference.gradient_dtype(logits.dtype))
     return *(part.clone() for part in parts), grad
 
 
-def _without_gradient(*arguments):
-    (loss, *parts), _ = _run(*arguments)
-    return loss, parts
-
-
 _loss = torch.library.custom_op(
-    "seal_fast::seal_loss", _run_apart, mutates_args=(), schema=f"{_SCHEMA} -> ({', '.join(['Tensor'] * 5)})"
+    "seal_fast::seal_loss", _forward, mutates_args=(), schema=f"{_SCHEMA} -> ({', '.join(['Tensor'] * 5)})"
 )
 
 
@@ -226,32 +245,22 @@ class _Eager(torch.autograd.Function):
     """The operator without its registration: what forward stored is scaled in place where its dtype is the logits'."""
 
     @staticmethod
-    def forward(ctx, logits, others):  # in a tuple, what needs no gradient takes less of the host's time
-        (loss, *parts), ctx.grad = _run(logits, *others)
-        ctx.save_for_backward(logits, *others[:2])
-        ctx.arguments, ctx.dtype = others[2:], logits.dtype
+    def forward(ctx, plan, logits, others):  # in a tuple, what needs no gradient takes less of the host's time
+        (loss, *parts), ctx.grad = _parts(plan, logits, *others)
+        ctx.save_for_backward(logits, *others)
+        ctx.plan = plan
         # A view could not be changed in place, as `loss /= 2`; what is in the list is no output to autograd.
         return loss.data, parts
 
     @staticmethod
     def backward(ctx, grad_loss, _):
         refuse_batched("seal_loss", grad_loss)
-        grad, ctx.grad = ctx.grad, None
-        if grad is None:  # the graph was retained for another pass
-            _, grad = _run(*ctx.saved_tensors, *ctx.arguments)
-        grad = _kernel(ctx.arguments[-2]).scaled(grad, grad_loss, ctx.dtype)
-        if torch.is_grad_enabled():
-            grad = _Once.apply(ctx.saved_tensors[0], grad)
-        return grad, None
+        logits, *others = ctx.saved_tensors
 
+        def run():
+            grad, ctx.grad = ctx.grad, None
+            if grad is None:  # the graph was retained for another pass
+                _, grad = ctx.plan.forward(logits, *others)
+            return [ctx.plan.scaled(grad, grad_loss)]
 
-class _Once(torch.autograd.Function):
-    """A gradient that depends on the logits in a way that is not known here."""
-
-    @staticmethod
-    def forward(ctx, logits, grad):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise NotImplementedError("seal_loss can be differentiated twice only with backend='torch'.")
+        return None, *once("seal_loss", run, logits), None
