@@ -159,19 +159,22 @@ def planning() -> Iterator[None]:
 
 def install(monkeypatch, room) -> None:
     """Let the launcher module `room`, such as kernels.lif.cupy, run its kernels on the CPU until the test's end."""
-    launch = room.launch
+    launch, counting = room.launch, []
+
+    def counters(device, number):
+        counting.append(torch.zeros(number, dtype=torch.int32, device=device))
+        return counting[-1]
 
     def checked(path, expression, blocks, threads, arguments, *, device, **options):
         if _planned is None:
             _check_tensors(kernels(path).parameters(expression), expression, arguments, device)
         launch(path, expression, blocks, threads, arguments, device=device, **options)
+        assert not any(each.any() for each in counting), f"{expression} does not set its counters back"
+        counting.clear()
 
     monkeypatch.setattr(room, "launch", checked)
     monkeypatch.setattr(cupy, "start", start)
-    stand_ins = {
-        "shared_memory": lambda device: SHARED_MEMORY,
-        "counter": lambda device: torch.zeros(1, dtype=torch.int32, device=device),
-    }
+    stand_ins = {"shared_memory": lambda device: SHARED_MEMORY, "counters": counters}
     for name, stand_in in stand_ins.items():
         if hasattr(room, name):
             monkeypatch.setattr(room, name, stand_in)
