@@ -7,6 +7,7 @@
 #include "../launch/access.cuh"
 
 constexpr int THREADS = 128;  // of a block, as in cupy.py
+constexpr int COLUMNS = 32;   // of these that lie side by side along the channels, at most, as in cupy.py
 
 // a b + c in one rounding where that is one instruction: for gradients and sums.
 SEAL_FN float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -113,8 +114,8 @@ struct Moments {
   }
 };
 
-// Merges what `rows` rows of threads have, into those of the first row. `board` has room for all; from one of its rows to
-// the next there are `across` Parts.
+// Merges what the rows of threads have into what those of the first row have. `board` has room for all, `across` Parts
+// from one row to the next.
 template <int SETS, typename Part>
 SEAL_FN void merge_rows(Part (&mine)[SETS], int column, int row, int rows, int across, Part* board) {
   Part* const own = board + row * across + column * SETS;
@@ -152,7 +153,7 @@ SEAL_FN bool comes_last(int* counter, int blocks) {
   return true;
 }
 
-// Where the blocks of a tile leave what they have summed up for the last of them: SIZE numbers of each channel, those of
+// Where the blocks of a tile leave what they have summed up for the last of them: SIZE numbers of each channel, each of
 // all the tile's channels side by side. Where all slices would be much for one block, the last block of each team of
 // neighbouring slices merges these, and the last of all teams merges the teams.
 template <typename Real>
@@ -163,13 +164,32 @@ struct Meeting {
   int64_t team;      // slices of a team
 };
 
-// Merges what the threads of all blocks of a tile have, in Wide, which is Part in float64. `made` is what comes of it: for
-// each of the tile's channels, a thread of the last block has it fetch what it needs, and take the sums.
+// The Parts i, i + rows, … before `end` of a channel, all asked for before the first is used.
+template <typename Real, typename Wide, int AHEAD>
+SEAL_FN void load_parts(Wide (&parts)[AHEAD], const Real* of_channel, int i, int rows, int end, int across) {
+  constexpr int SIZE = sizeof(Wide) / sizeof(double);
+  Real numbers[AHEAD][SIZE];
+#pragma unroll
+  for (int ahead = 0; ahead < AHEAD; ++ahead) {
+    const int at = min(i + ahead * rows, end - 1) * SIZE;
+#pragma unroll
+    for (int number = 0; number < SIZE; ++number) numbers[ahead][number] = __ldcg(of_channel + (at + number) * across);
+  }
+#pragma unroll
+  for (int ahead = 0; ahead < AHEAD; ++ahead) {
+#pragma unroll
+    for (int number = 0; number < SIZE; ++number) parts[ahead].at[number] = numbers[ahead][number];
+  }
+}
+
+// Merges what the threads of all blocks of a tile have, in Wide, which is Part in float64. `made` is what comes of it:
+// for each of the tile's channels, a thread of the last block has it fetch what it needs, and take the sums.
 template <typename Wide, int SETS, typename Part, typename Real, typename Made>
 SEAL_FN void merge_blocks(
     const Place<SETS>& place, Part (&mine)[SETS], int64_t channels, int64_t columns, int64_t slices,
     const Meeting<Real>& meeting, Made made) {
   constexpr int SIZE = sizeof(Wide) / sizeof(double);
+  constexpr int AHEAD = SETS > 1 ? 4 : 2;  // Parts that a thread asks for at once
   constexpr int BYTES = THREADS * (sizeof(Part) * SETS > sizeof(Wide) ? sizeof(Part) * SETS : sizeof(Wide));
   __shared__ double memory[BYTES / sizeof(double)];
   const int across = static_cast<int>(columns) * SETS;
@@ -202,15 +222,16 @@ SEAL_FN void merge_blocks(
       const int column = threadIdx.x % width, row = threadIdx.x / width, channel = begin + column;
       if (row == 0 && all_slices) made.fetch(channel);
       Wide sum[1] = {};
-#pragma unroll 2
-      for (int i = row; i < (row < rows ? count : 0); i += rows) {
-        Wide part;
+      const int end = row < rows ? count : 0;
+#pragma unroll 1
+      for (int i = row; i < end; i += AHEAD * rows) {
+        Wide parts[AHEAD];
+        if (first) load_parts(parts, of_slices + channel, i, rows, end, across);
+        else load_parts(parts, of_teams + channel, i, rows, end, across);
 #pragma unroll
-        for (int number = 0; number < SIZE; ++number) {
-          const int at = (i * SIZE + number) * across + channel;
-          part.at[number] = first ? static_cast<double>(__ldcg(of_slices + at)) : __ldcg(of_teams + at);
+        for (int ahead = 0; ahead < AHEAD; ++ahead) {
+          if (i + ahead * rows < end) sum[0].merge(parts[ahead]);
         }
-        sum[0].merge(part);
       }
       merge_rows(sum, column, row, rows, width, board);
       if (row == 0 && all_slices) made.take(channel, sum[0]);

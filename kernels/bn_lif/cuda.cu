@@ -2,8 +2,8 @@
 // are [outer, C, inner], inner being the channels' stride.
 //
 // forward and backward take VECTOR neighbouring neurons through all T steps in registers, as lif/cuda.cu does, and make
-// the membrane input m there. Sums by channel are partial sums of blocks; the last block that has the same channels adds
-// them up.
+// the membrane input m there. Sums by channel are partial sums of blocks; the last block of the same channels adds them
+// up, and makes what follows.
 #include "../neuron/constants.cuh"
 #include "../neuron/neuron.cuh"
 #include "../surrogate/surrogate.cuh"
@@ -182,9 +182,16 @@ struct NormGradients {
   }
 };
 
+// How many blocks of backward have registers on a multiprocessor, at least: three, where a thread holds so few numbers
+// that none spills.
+template <typename Number, int VECTOR, int STEPS, int RESIDUAL, bool CONSTANTS>
+constexpr int RESIDENT =
+    sizeof(State<Number>) == 4 && VECTOR * STEPS <= 20 && RESIDUAL != NORMALISED && !CONSTANTS ? 3 : 1;
+
 template <typename Number, int VECTOR, int SETS, int STEPS, bool LONG, int CHARGE, bool SOFT, bool PER_CHANNEL,
           int RESIDUAL, bool DETACH, int SURROGATE, bool PARAMETERS, bool GRAD_M>
-__global__ void __launch_bounds__(THREADS, 1) bn_lif_backward(
+__global__ void __launch_bounds__(THREADS, (RESIDENT<Number, VECTOR, STEPS, RESIDUAL, PARAMETERS || PER_CHANNEL>))
+bn_lif_backward(
     const Number* __restrict__ grad_spikes,        // [T, N]
     const Number* __restrict__ grad_m,             // with GRAD_M, rows m_stride apart; or one, the first step's
     const Number* __restrict__ y,                  // this and the next as in bn_lif_forward
@@ -347,6 +354,6 @@ __global__ void __launch_bounds__(THREADS, 1) bn_lif_backward(
   const auto place = Place<SETS>::again(channels, columns);
   const NormGradients<Real, SUMS<RESIDUAL> - 1> made = {
       norms, sums, coefficients, grad_norms, channels, place.first, count, residual_count};
-  merge_blocks<Sums<double, SUMS<RESIDUAL>>>(
-      place, mine, channels, columns, slices, Meeting<Real>{partials, of_teams, counters, team}, made);
+  const Meeting<Real> meeting = {partials, of_teams, counters, team};
+  merge_blocks<Sums<double, SUMS<RESIDUAL>>>(place, mine, channels, columns, slices, meeting, made);
 }

@@ -89,26 +89,22 @@ struct NormRows {
 };
 
 // Of a tile's channels from `first` on, whose moments are those of distances from each channel's first number.
-template <typename Number>
+template <typename Real>
 struct Statistics {
-  const Number* y;
-  int64_t inner, first;
-  NormRows<State<Number>> rows;
+  const Real* origins;  // those first numbers
+  int64_t first;
+  NormRows<Real> rows;
 
-  SEAL_INLINE void fetch(int column) const {
-    prefetch(y + (first + column) * inner);
-    rows.fetch(first + column);
-  }
+  SEAL_INLINE void fetch(int column) const { rows.fetch(first + column); }
   SEAL_INLINE void take(int column, const Moments<double>& all) {
-    typedef State<Number> Real;
-    const Real origin = ::load(y[(first + column) * inner]);
+    const Real mean = static_cast<Real>(origins[column] + all.at[1]);
     rows.load(first + column);
-    rows.take(first + column, static_cast<Real>(origin + all.at[1]), static_cast<Real>(all.at[2] / all.at[0]));
+    rows.take(first + column, mean, static_cast<Real>(all.at[2] / all.at[0]));
   }
 };
 
-// Mean and variance of each channel. All numbers are taken from the channel's first one, so that a mean far from 0 costs
-// no digits.
+// Mean and variance of each channel, and what follows from them. All numbers are taken from the channel's first one, so
+// that a mean far from 0 costs no digits.
 template <typename Number, int VECTOR, int SETS>
 __global__ void __launch_bounds__(THREADS, SETS > 1 || sizeof(Number) > 4 ? 5 : 6) moments(
     const Number* __restrict__ y,              // [outer, C, inner]
@@ -185,11 +181,15 @@ __global__ void __launch_bounds__(THREADS, SETS > 1 || sizeof(Number) > 4 ? 5 : 
 #pragma unroll
   for (int set = 0; set < SETS; ++set) mine[set].at[0] = count;
   const auto place = Place<SETS>::again(channels, columns);
-  const Statistics<Number> made = {
-      y, inner, place.first,
+  __shared__ Real origins[COLUMNS * SETS];
+#pragma unroll
+  for (int set = 0; place.row == 0 && set < SETS; ++set) origins[place.column * SETS + set] = load(origin.at[set]);
+  const Statistics<Real> made = {
+      origins, place.first,
       {weight, bias, running_mean, running_var, batches, means, variances, table, channels, norms, index, momentum,
        correction, eps}};
-  merge_blocks<Moments<double>>(place, mine, channels, columns, slices, Meeting<Real>{partials, of_teams, counters, team}, made);
+  const Meeting<Real> meeting = {partials, of_teams, counters, team};
+  merge_blocks<Moments<double>>(place, mine, channels, columns, slices, meeting, made);
 }
 
 // The table's rows of a norm with fixed statistics, its running ones; a thread for each channel.
@@ -209,8 +209,8 @@ __global__ void __launch_bounds__(THREADS, 1) fill_table(
     Real eps) {
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (channel >= channels) return;
-  NormRows<Real> rows = {weight, bias, running_mean, running_var, batches, nullptr, nullptr, table, channels, norms, index,
-                         momentum, correction, eps};
+  NormRows<Real> rows = {weight, bias, running_mean, running_var, batches, nullptr, nullptr, table, channels, norms,
+                         index, momentum, correction, eps};
   rows.load(channel);
   rows.take(channel, rows.old_mean, rows.old_variance);
 }
