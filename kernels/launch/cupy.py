@@ -296,12 +296,13 @@ def counters(device: torch.device, number: int) -> torch.Tensor:
     Kernels on one stream run one after another and share them. A launch in a graph has its own, as the graph may run
     beside its stream: of a reserve that is there before the capture, so that the graph need not make them zero.
     """
+    reserve = _reserves.get(device) or _reserves.setdefault(device, _Reserve())
     with contextlib.nullcontext() if is_current(device) else torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
-            reserved = _reserves[device].take(number) if device in _reserves else None
+            reserved = reserve.take(number)
             return torch.zeros(number, dtype=torch.int32, device=device) if reserved is None else reserved
-    if device not in _reserves or _reserves[device].low:
-        _reserves.setdefault(device, _Reserve()).fill(device)
+    if reserve.low:
+        reserve.fill(device)
     size = 1 << max(number - 1, _COUNTERS - 1).bit_length()  # kernels in flight may hold smaller ones
     key = (device, current_stream(device), size)
     found = _counters.get(key)
@@ -314,23 +315,26 @@ class _Reserve:
     SIZE, MOST = 1 << 18, 1 << 22  # int32 made at once, and in all: beyond these, graphs make zeros themselves
 
     def __init__(self):
-        self.lock, self.zeros, self.made = threading.Lock(), None, 0
+        self.lock = threading.Lock()
+        self.made: list[torch.Tensor] = []  # keeps the memory, which graphs use
+        self.left: torch.Tensor | None = None  # of the last of these
         self.low = True  # and may be filled
 
     def take(self, number: int) -> torch.Tensor | None:
         """So many zeros, or None where there are too few."""
         with self.lock:
-            if self.zeros is None or len(self.zeros) < number:
+            if self.left is None or len(self.left) < number:
                 return None
-            taken, self.zeros = self.zeros[:number], self.zeros[number:]
-            self.low = len(self.zeros) < self.SIZE // 2 and self.made < self.MOST
+            taken, self.left = self.left[:number], self.left[number:]
+            self.low = len(self.left) < self.SIZE // 2 and self.SIZE * len(self.made) < self.MOST
             return taken
 
     def fill(self, device: torch.device) -> None:
         """Where it is low; not while a graph is captured."""
         with self.lock:
             if self.low:
-                self.zeros, self.made, self.low = _zeros(device, self.SIZE), self.made + self.SIZE, False
+                self.left, self.low = _zeros(device, self.SIZE), False
+                self.made.append(self.left)
 
 
 _reserves: dict[torch.device, _Reserve] = {}

@@ -146,6 +146,25 @@ def test_more_slices_than_a_block_has_threads(monkeypatch):
 
 
 @pytest.mark.parametrize("merged", [0, 1000])
+@pytest.mark.parametrize("name", ["many, channels last", "many slices"])
+def test_whichever_block_is_the_last_the_bits_are_the_same(name, merged, monkeypatch):
+    monkeypatch.setattr(room, "MERGED", merged)
+    monkeypatch.setattr(room, "POSITIONS", (1, 1))
+    setup, found = MERGED[name], []
+    y, residual, scales, static = setup.given()
+    call = {"time_steps": setup.T, "static": static, "steps": False, "total": True, "parameters": False}
+    for backwards in (False, True):
+        monkeypatch.setattr(cuda_host, "BACKWARDS", backwards)
+        with poisoned():
+            *_, sums, coefficients, gradients = room.backward(
+                y, None, y, residual, table_of(scales, F32), PUBLISHED, counts=(37, 41), **call
+            )
+            found.append([*room.statistics(y), sums, coefficients, gradients])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert found[0][0].isfinite().all()
+
+
+@pytest.mark.parametrize("merged", [0, 1000])
 @pytest.mark.parametrize("name", MERGED)
 def test_blocks_are_merged_in_one_step_or_two(name, merged, monkeypatch):
     """Several slices of several tiles of channels, in teams or all at once."""

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -196,13 +197,14 @@ def test_large_shared_memory_is_asked_for(monkeypatch):
 
 @pytest.fixture
 def streams(monkeypatch):
-    """The current stream and whether it is being captured; and the sizes of what is made outside of graphs."""
+    """The current stream and whether it is being captured; and sizes and zeros that were made outside of graphs."""
     state, made = {"stream": 0, "capturing": False}, []
 
     def zeros(_, size):
         assert not state["capturing"]
-        made.append(size)
-        return torch.zeros(size, dtype=torch.int32)
+        whole = torch.zeros(size, dtype=torch.int32)
+        made.append((size, weakref.ref(whole)))
+        return whole
 
     monkeypatch.setattr(launcher, "_zeros", zeros)
     monkeypatch.setattr(launcher, "_counters", {})
@@ -241,7 +243,11 @@ def test_a_reserve_for_graphs_is_filled_between_them_and_no_longer_than_it_may(s
     monkeypatch.setattr(launcher._Reserve, "SIZE", 8)
     monkeypatch.setattr(launcher._Reserve, "MOST", 16)
     monkeypatch.setattr(torch, "zeros", functools.partial(zeros_without_gpu, torch.zeros))
-    state, made = streams
+    state, every = streams
+
+    def sizes():
+        assert all(whole() is not None for _, whole in every)  # graphs use them for ever
+        return [size for size, _ in every]
 
     def capture(*numbers):
         state["capturing"] = True
@@ -251,11 +257,11 @@ def test_a_reserve_for_graphs_is_filled_between_them_and_no_longer_than_it_may(s
         assert [each.tolist() for each in found] == [[0] * number for number in numbers]
 
     capture(2)  # before anything else: there is no reserve
-    assert made.count(8) == 1
+    assert sizes().count(8) == 1
     capture(4, 3)  # and 1 is left
-    assert made.count(8) == 2
+    assert sizes().count(8) == 2
     capture(9, 8, 1)  # too many, all, and more than are left
-    assert made.count(8) == 2
+    assert sizes().count(8) == 2
 
 
 def zeros_without_gpu(zeros, *size, device=None, **options):
