@@ -172,11 +172,15 @@ def _room(backend: str, name: str):
 
 @contextlib.contextmanager
 def _as_on(capability: int) -> Iterator[None]:
-    """What CuPy's launcher of the loss asks a GPU for."""
-    shared_memory, counter = without_gpu.SHARED_MEMORY[capability], torch.zeros(1, dtype=torch.int32)
+    """What CuPy's launchers ask a GPU for."""
+
+    def counters(_device, number):
+        return torch.zeros(number, dtype=torch.int32)
+
     with (
-        mock.patch.object(loss_cuda, "shared_memory", return_value=shared_memory),
-        mock.patch.object(loss_cuda, "counter", return_value=counter),
+        mock.patch.object(loss_cuda, "shared_memory", return_value=without_gpu.SHARED_MEMORY[capability]),
+        mock.patch.object(loss_cuda, "counters", counters),
+        mock.patch.object(bn_lif_cuda, "counters", counters),
     ):
         yield
 

@@ -2,7 +2,8 @@
 // are [outer, C, inner], inner being the channels' stride.
 //
 // forward and backward take VECTOR neighbouring neurons through all T steps in registers, as lif/cuda.cu does, and make
-// the membrane input m there. Sums by channel are partial sums of blocks, added up by kernels of a block to a channel.
+// the membrane input m there. Sums by channel are partial sums of blocks; the last block of the same channels adds them
+// up, and makes what follows.
 #include "../neuron/constants.cuh"
 #include "../neuron/neuron.cuh"
 #include "../surrogate/surrogate.cuh"
@@ -26,12 +27,36 @@ SEAL_FN Real membrane_input(const Table<Real, SETS, SCALES<RESIDUAL>>& scales, i
   return normalised + (residual * scales.row[LAST - 1].at[set] + scales.row[LAST].at[set]);
 }
 
+// A norm with fixed statistics; null pointers as in NormRows.
+template <typename Real>
+struct FixedNorm {
+  const Real* weight;
+  const Real* bias;
+  const Real* mean;
+  const Real* variance;
+  Real eps;
+
+  SEAL_INLINE Line<Real> of(int64_t channel) const {
+    const Real factor = weight ? weight[channel] : Real(1), added = bias ? bias[channel] : Real(0);
+    return Line<Real>(mean[channel], variance[channel], factor, added, eps);
+  }
+};
+
+// FIXED: scales are made of the norms' fixed statistics, as fill_table makes them.
 template <typename Number, int VECTOR, int SETS, int STEPS, bool LONG, int CHARGE, bool SOFT, bool PER_CHANNEL,
-          int RESIDUAL, bool PACK>
+          int RESIDUAL, bool PACK, bool FIXED>
 __global__ void __launch_bounds__(THREADS, 1) bn_lif_forward(
     const Number* __restrict__ y,                 // [T, N], rows y_stride apart
     const Number* __restrict__ residual,          // [T, N], or null where RESIDUAL is NONE
-    const State<Number>* __restrict__ scales,     // [SCALES, C]
+    const State<Number>* __restrict__ scales,     // [SCALES, C]; not used where FIXED, else the next eight are not
+    const State<Number>* __restrict__ weight,
+    const State<Number>* __restrict__ bias,
+    const State<Number>* __restrict__ mean,
+    const State<Number>* __restrict__ variance,
+    const State<Number>* __restrict__ residual_weight,
+    const State<Number>* __restrict__ residual_bias,
+    const State<Number>* __restrict__ residual_mean,
+    const State<Number>* __restrict__ residual_variance,
     Number* __restrict__ spikes,                  // [T, N]
     Number* __restrict__ m,                       // rows m_stride apart; or null: not asked for
     uint8_t* __restrict__ packed,                 // with PACK, [T, ceil(N/8)]: eight spikes to a byte
@@ -44,6 +69,8 @@ __global__ void __launch_bounds__(THREADS, 1) bn_lif_forward(
     int64_t y_stride,                             // 0 where one row stands for all, as the next two
     int64_t residual_stride,
     int64_t m_stride,
+    State<Number> eps,
+    State<Number> residual_eps,
     State<Number> tau,
     State<Number> inverse_tau,
     State<Number> decay,
@@ -61,7 +88,22 @@ __global__ void __launch_bounds__(THREADS, 1) bn_lif_forward(
     const int64_t channel = few ? static_cast<uint32_t>(n) / static_cast<uint32_t>(inner) %
                                       static_cast<uint32_t>(channels)
                                 : n / inner % channels;
-    table.in_memory(scales, channels, channel);
+    if (!FIXED) {
+      table.in_memory(scales, channels, channel);
+    } else {
+      const FixedNorm<Real> norms[] = {
+          {weight, bias, mean, variance, eps},
+          {residual_weight, residual_bias, residual_mean, residual_variance, residual_eps}};
+#pragma unroll
+      for (int row = 0; row < SCALES<RESIDUAL>; row += 2) {
+#pragma unroll
+        for (int set = 0; set < SETS; ++set) {
+          const Line<Real> line = norms[row / 2].of(channel + set);
+          table.row[row].at[set] = line.scale;
+          table.row[row + 1].at[set] = line.shift;
+        }
+      }
+    }
     if (constants) of.in_memory(constants, constant_channels, 1, PER_CHANNEL ? channel : 0);
   }
   Group<Real, VECTOR> v = row_or<VECTOR>(static_cast<const Real*>(nullptr), n, reset);
@@ -99,9 +141,57 @@ __global__ void __launch_bounds__(THREADS, 1) bn_lif_forward(
   }
 }
 
+// Sums by channel, and what norms.py makes of them, of a tile's channels from `first` on; each operation rounded.
+template <typename Real, int NORMS>
+struct NormGradients {
+  const Real* norms;       // the table [4 NORMS, C]
+  Real* sums;              // [NORMS + 1, C]
+  Real* coefficients;      // [3 NORMS, C]
+  Real* grad_norms;        // [2 NORMS, C]
+  int64_t channels, first;
+  int64_t count;           // elements per channel of the first norm; 0 where its statistics are fixed
+  int64_t residual_count;  // of the second
+  Real scale[NORMS], mean[NORMS], inverse_std[NORMS];
+
+  SEAL_INLINE void fetch(int column) {
+    const int64_t channel = first + column;
+#pragma unroll
+    for (int i = 0; i < NORMS; ++i) {
+      scale[i] = norms[2 * i * channels + channel];
+      mean[i] = norms[(2 * NORMS + i) * channels + channel];
+      inverse_std[i] = norms[(3 * NORMS + i) * channels + channel];
+    }
+  }
+
+  SEAL_INLINE void take(int column, const Sums<double, NORMS + 1>& all) const {
+    const int64_t channel = first + column;
+    const Real total = static_cast<Real>(all.at[0]);
+    sums[channel] = total;
+#pragma unroll
+    for (int i = 0; i < NORMS; ++i) {
+      const Real own = static_cast<Real>(all.at[1 + i]), negative = static_cast<Real>(-(i ? residual_count : count));
+      const Real c1 = negative < 0 ? scale[i] * inverse_std[i] * (inverse_std[i] * own) / negative : Real(0);
+      sums[(1 + i) * channels + channel] = own;
+      coefficients[3 * i * channels + channel] = scale[i];
+      coefficients[(3 * i + 1) * channels + channel] = c1;
+      coefficients[(3 * i + 2) * channels + channel] =
+          negative < 0 ? scale[i] * total / negative - c1 * mean[i] : Real(0);
+      grad_norms[2 * i * channels + channel] = inverse_std[i] * own;
+      grad_norms[(2 * i + 1) * channels + channel] = total;
+    }
+  }
+};
+
+// How many blocks of backward have registers on a multiprocessor, at least: three, where a thread holds so few numbers
+// that none spills.
+template <typename Number, int VECTOR, int STEPS, int RESIDUAL, bool CONSTANTS>
+constexpr int RESIDENT =
+    sizeof(State<Number>) == 4 && VECTOR * STEPS <= 20 && RESIDUAL != NORMALISED && !CONSTANTS ? 3 : 1;
+
 template <typename Number, int VECTOR, int SETS, int STEPS, bool LONG, int CHARGE, bool SOFT, bool PER_CHANNEL,
           int RESIDUAL, bool DETACH, int SURROGATE, bool PARAMETERS, bool GRAD_M>
-__global__ void __launch_bounds__(THREADS, 1) bn_lif_backward(
+__global__ void __launch_bounds__(THREADS, (RESIDENT<Number, VECTOR, STEPS, RESIDUAL, PARAMETERS || PER_CHANNEL>))
+bn_lif_backward(
     const Number* __restrict__ grad_spikes,        // [T, N]
     const Number* __restrict__ grad_m,             // with GRAD_M, rows m_stride apart; or one, the first step's
     const Number* __restrict__ y,                  // this and the next as in bn_lif_forward
@@ -111,7 +201,12 @@ __global__ void __launch_bounds__(THREADS, 1) bn_lif_backward(
     Number* __restrict__ grad_total,               // [N], their sum over T, or null
     State<Number>* __restrict__ grad_threshold,    // with PARAMETERS, [N]: the sum over T of each neuron's part
     State<Number>* __restrict__ grad_inverse_tau,  // with PARAMETERS, [N]: the same for 1/τ
-    State<Number>* __restrict__ partials,          // [C, slices, SUMS]: of ∂L/∂m, and that times y and residual
+    State<Number>* partials,                       // this and the next two are those of Meeting, of SUMS numbers
+    double* of_teams,
+    int* counters,
+    State<Number>* __restrict__ sums,              // this and the next two are those of NormGradients
+    State<Number>* __restrict__ coefficients,
+    State<Number>* __restrict__ grad_norms,
     State<Number>* checkpoints,                    // with LONG, [chunks - 1, N]: potentials between the chunks
     const State<Number>* __restrict__ constants,
     int64_t T,
@@ -125,6 +220,9 @@ __global__ void __launch_bounds__(THREADS, 1) bn_lif_backward(
     int64_t positions,                             // how often each channel occurs in a row, in steps of a thread
     int64_t columns,
     int64_t slices,
+    int64_t team,
+    int64_t count,
+    int64_t residual_count,
     State<Number> tau,
     State<Number> inverse_tau,
     State<Number> decay,
@@ -253,45 +351,9 @@ __global__ void __launch_bounds__(THREADS, 1) bn_lif_backward(
       write<true>(grad_inverse_tau + n, inverse_tau_sum);
     }
   }
-  write_merged(walk, mine, channels, columns, slices, reinterpret_cast<Sums<Real, SUMS<RESIDUAL>>*>(partials));
-}
-
-// A channel to each block: its sums, and what norms.py makes of them, each operation rounded.
-template <typename Real, int SIZE>
-__global__ void __launch_bounds__(THREADS) add_slices(
-    const Real* __restrict__ partials,   // [C, slices, SIZE]
-    const Real* __restrict__ norms,      // the table [4 (SIZE - 1), C]
-    Real* __restrict__ sums,             // [SIZE, C]
-    Real* __restrict__ coefficients,     // [3 (SIZE - 1), C]
-    Real* __restrict__ grad_norms,       // [2 (SIZE - 1), C]
-    int64_t channels,
-    int64_t slices,
-    int64_t count,                       // elements per channel of the first norm; 0 where its statistics are fixed
-    int64_t residual_count) {            // of the second
-  constexpr int NORMS = SIZE - 1;
-  const int64_t channel = blockIdx.x;
-  Real scale[NORMS], mean[NORMS], inverse_std[NORMS];
-#pragma unroll
-  for (int i = 0; i < NORMS; ++i) {
-    scale[i] = norms[2 * i * channels + channel];
-    mean[i] = norms[(2 * NORMS + i) * channels + channel];
-    inverse_std[i] = norms[(3 * NORMS + i) * channels + channel];
-  }
-  const Sums<Real, SIZE>* mine = reinterpret_cast<const Sums<Real, SIZE>*>(partials) + channel * slices;
-  const Sums<double, SIZE> all = merged_slices<Sums<double, SIZE>>(mine, slices);
-  if (threadIdx.x > 0) return;
-  const Real total = static_cast<Real>(all.at[0]);
-  sums[channel] = total;
-#pragma unroll
-  for (int i = 0; i < NORMS; ++i) {
-    const Real own = static_cast<Real>(all.at[1 + i]), negative = static_cast<Real>(-(i ? residual_count : count));
-    const Real c1 = negative < 0 ? scale[i] * inverse_std[i] * (inverse_std[i] * own) / negative : Real(0);
-    sums[(1 + i) * channels + channel] = own;
-    coefficients[3 * i * channels + channel] = scale[i];
-    coefficients[(3 * i + 1) * channels + channel] = c1;
-    coefficients[(3 * i + 2) * channels + channel] =
-        negative < 0 ? scale[i] * total / negative - c1 * mean[i] : Real(0);
-    grad_norms[2 * i * channels + channel] = inverse_std[i] * own;
-    grad_norms[(2 * i + 1) * channels + channel] = total;
-  }
+  const auto place = Place<SETS>::again(channels, columns);
+  const NormGradients<Real, SUMS<RESIDUAL> - 1> made = {
+      norms, sums, coefficients, grad_norms, channels, place.first, count, residual_count};
+  const Meeting<Real> meeting = {partials, of_teams, counters, team};
+  merge_blocks<Sums<double, SUMS<RESIDUAL>>>(place, mine, channels, columns, slices, meeting, made);
 }

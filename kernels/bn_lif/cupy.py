@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch.cupy import ACCESS, NUMBERS, launch, specialised, together
+from ..launch.cupy import ACCESS, NUMBERS, counters, launch, specialised, together
 from ..launch.device import multiprocessors
 from ..lif.reference import state_dtype
 from ..neuron.cupy import passed
@@ -32,6 +32,7 @@ COLUMNS = 32  # threads of a block that lie side by side along the channels, at 
 # backward took 10 % less time than with 16 for 64 channels of 32 x 32, and 25 % less for 512 of 4 x 4; others likewise.
 # Where a channel is contiguous it took 8 % more, and in float32 23 % more.
 BLOCKS = {"moments": 4, "backward": 3, "backward, contiguous": 16, "gradient": 3}
+MERGED = 8  # of blocks' sums that a thread adds up one by one, about, before blocks are merged in two steps
 POSITIONS = (4, 256)  # of a thread, at least and at most where there are enough: so many float32 are added one by one
 
 
@@ -43,10 +44,7 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
         nothing = torch.full((2, C), math.nan, dtype=state, device=y.device)
         return nothing[0], nothing[1]
     mean, variance = (torch.empty(C, dtype=state, device=y.device) for _ in range(2))
-    partials, inner = _moments(y)
-    slices = partials.shape[1]
-    arguments = (y, partials, *(None,) * 5, mean, variance, None, C, inner, slices, 0, 0, 0.0, 0.0, 0.0)
-    _start("fill_table", (NUMBERS[y.dtype],), C, arguments, y)
+    _moments(y, (*(None,) * 5, mean, variance, None), (0, 0, 0.0, 0.0, 0.0))
     return mean, variance
 
 
@@ -55,36 +53,43 @@ def fill_table(table: Tensor, index: int, y: Tensor, norm: Norm) -> None:
 
     The table is contiguous, as are the norm's tensors.
     """
-    partials, inner, slices = None, 1, 0
+    numbers = (len(table) // 4, index, float(norm.momentum), float(norm.correction), float(norm.eps))
     if norm.count:
-        y = dense(y)
-        partials, inner = _moments(y)
-        slices = partials.shape[1]
-    C = table.shape[1]
-    tensors = (y, partials, *norm[:5], None, None, table)
-    numbers = (float(norm.momentum), float(norm.correction), float(norm.eps))
-    _start("fill_table", (NUMBERS[y.dtype],), C, (*tensors, C, inner, slices, len(table) // 4, index, *numbers), y)
+        _moments(dense(y), (*norm[:5], None, None, table), numbers)
+        return
+    C, template = table.shape[1], (NUMBERS[table.dtype],)
+    _start("fill_table", template, -(-C // THREADS), (*norm[:5], table, C, *numbers), table)
 
 
-def _moments(y: Tensor) -> tuple[Tensor, int]:
-    """Partials [C, slices, 3] of dense y; and inner, as in channels.cuh."""
+def _moments(y: Tensor, tensors: tuple[Tensor | None, ...], numbers: tuple[int | float, ...]) -> None:
+    """Mean and variance of dense y, and what follows from them: what the kernel takes as NormRows."""
     shape = (y.numel(), *channels_of(y))
     tiling = _tiling(*shape, _neighbours(*shape, (y,)), _blocks("moments", y))
-    partials = torch.empty(tiling.C, tiling.slices, 3, dtype=state_dtype(y.dtype), device=y.device)
-    _start("moments", (NUMBERS[y.dtype], *tiling.template), tiling.blocks, (y, partials, *tiling.sizes), y)
-    return partials, tiling.inner
+    arguments = (y, *_meeting(tiling, 3, y), *tensors, *tiling.sizes, tiling.team, *numbers)
+    _start("moments", (NUMBERS[y.dtype], *tiling.template), tiling.blocks, arguments, y)
+
+
+def _meeting(tiling: _Tiling, size: int, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Room for `size` sums of each block and channel, for those of teams of blocks, and counters of the blocks."""
+    state, device, tiles, teams = state_dtype(like.dtype), like.device, tiling.tiles, tiling.teams
+    partials = torch.empty(tiles * tiling.slices * size * tiling.across, dtype=state, device=device)
+    of_teams = None
+    if teams > 1:
+        of_teams = torch.empty(tiles * teams * size * tiling.across, dtype=torch.float64, device=device)
+    return partials, of_teams, counters(device, tiles * (teams + 1))
 
 
 def forward(
     y: Tensor,  # [T·B, C, ...], or [B, C, ...] where static
     residual: Tensor | None,  # the same, static or not
-    scales: Tensor,  # [2, C], or [4, C] for a residual with a batch norm of its own
+    scales: Tensor | None,  # [2, C], or [4, C] for a residual with a batch norm of its own; None: of `norms`
     options: Options,
     *,
     time_steps: int,
     static: bool,
     keep_m: bool,
     pack: bool,
+    norms: tuple[Norm, ...] = (),  # of y and of a residual that has its own; contiguous, with fixed statistics
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Spikes [T·B, C, ...]; if asked for, the membrane input in y's dtype and packed spikes."""
     given = inputs(y, residual, time_steps, static=static)
@@ -92,24 +97,32 @@ def forward(
     y, residual, T, N, C = given[:5]
     if N == 0:
         return tuple(outputs)
-    scales, neuron = scales.contiguous(), passed(options, y.device, state_dtype(y.dtype))
+    neuron = passed(options, y.device, state_dtype(y.dtype))
+    if scales is not None:
+        scales = scales.contiguous()
+    k = len(norms) if scales is None else len(scales) // 2
     tensors = (y, residual, scales, *outputs[:2])
     shape = (N, C, given.channel_stride)
     vector = _neighbours(*shape, (*tensors, neuron.constants))
-    by_channel = len(scales) + 4 * (neuron.channels > 1) if given.channel_stride == 1 else 0
+    by_channel = 2 * k + 4 * (neuron.channels > 1) if given.channel_stride == 1 else 0
     while vector > 1 and vector * (min(T, STEPS) + by_channel) > HELD["forward"]:
         vector //= 2
     tiling = _tiling(*shape, vector)
+    fixed, eps = [None] * 8, [0.0, 0.0]
+    for i, norm in enumerate(norms if scales is None else ()):
+        fixed[4 * i : 4 * i + 4] = norm[:4]
+        eps[i] = float(norm.eps)
     _start(
         "bn_lif_forward",
         (
             *(NUMBERS[y.dtype], *tiling.template, min(T, STEPS), T > STEPS, *neuron.charging),
-            *(_residual_kind(residual, len(scales) // 2), pack),
+            *(_residual_kind(residual, k), pack, scales is None),
         ),
         -(-N // (tiling.vector * THREADS)),
         (
-            *(*tensors, outputs.packed, neuron.constants, T, N, C, tiling.inner, neuron.channels),
-            *(given.y_stride, given.residual_stride, max(given.y_stride, given.residual_stride), *neuron.numbers),
+            *(*tensors[:3], *fixed, *outputs, neuron.constants, T, N, C, tiling.inner, neuron.channels),
+            *(given.y_stride, given.residual_stride, max(given.y_stride, given.residual_stride)),
+            *(*eps, *neuron.numbers),
         ),
         y,
     )
@@ -135,8 +148,6 @@ def backward(
     given = inputs(y, residual, time_steps, static=static)
     outputs = backward_outputs(given, len(counts), steps=steps, total=total, parameters=parameters)
     y, residual, T, N, C = given[:5]
-    if N == 0:
-        return _add_slices(None, table, counts, outputs)
     state, device, sums = state_dtype(y.dtype), y.device, 1 + len(counts)
     kind = _residual_kind(residual, len(counts))
     grad_spikes, grad_m = (None if tensor is None else alike(tensor.to(y.dtype), y) for tensor in (grad_spikes, grad_m))
@@ -153,7 +164,6 @@ def backward(
     tiling = _tiling(*shape, vector, _blocks("backward" if given.channel_stride == 1 else "backward, contiguous", y))
     chunks = -(-T // chunk)
     checkpoints = torch.empty(chunks - 1, N, dtype=state, device=device) if chunks > 1 else None
-    partials = torch.empty(C, tiling.slices, sums, dtype=state, device=device)
     inner, *rest = tiling.sizes[1:]
     _start(
         "bn_lif_backward",
@@ -163,26 +173,13 @@ def backward(
         ),
         tiling.blocks,
         (
-            *(*tensors, partials, checkpoints, neuron.constants, T, N, C, inner, neuron.channels),
-            *(given.y_stride, given.residual_stride, max(given.y_stride, given.residual_stride), *rest),
-            *(*neuron.numbers, neuron.alpha),
+            *(*tensors, *_meeting(tiling, sums, y), *outputs[4:], checkpoints, neuron.constants),
+            *(T, N, C, inner, neuron.channels),
+            *(given.y_stride, given.residual_stride, max(given.y_stride, given.residual_stride)),
+            *(*rest, tiling.team, counts[0], counts[-1], *neuron.numbers, neuron.alpha),
         ),
         y,
     )
-    return _add_slices(partials, table, counts, outputs)
-
-
-def _add_slices(
-    partials: Tensor | None,  # [C, slices, k + 1], or none at all
-    table: Tensor,
-    counts: tuple[int, ...],
-    outputs: BackwardOutputs,
-) -> BackwardOutputs:
-    """Write the sums and what follows from them."""
-    by_channel, C = outputs[4:], table.shape[1]
-    slices = 0 if partials is None else partials.shape[1]
-    arguments = (partials, table, *by_channel, C, slices, counts[0], counts[-1])
-    _start("add_slices", (NUMBERS[table.dtype], 1 + len(counts)), C, arguments, table)
     return outputs
 
 
@@ -242,8 +239,28 @@ class _Tiling(NamedTuple):
         return self.C, self.inner, self.positions, self.columns, self.slices
 
     @property
+    def across(self) -> int:
+        """Channels of a block."""
+        return self.template[1] * self.columns
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.C // self.across)
+
+    @property
     def blocks(self) -> int:
-        return -(-self.C // (self.template[1] * self.columns)) * self.slices
+        return self.tiles * self.slices
+
+    @property
+    def team(self) -> int:
+        """Slices that one block merges at once: all, unless a thread would add up more than MERGED one by one."""
+        if self.slices * self.across <= MERGED * THREADS:
+            return self.slices
+        return math.isqrt(self.slices - 1) + 1
+
+    @property
+    def teams(self) -> int:
+        return -(-self.slices // self.team)
 
 
 def _blocks(kernel: str, like: Tensor) -> int:

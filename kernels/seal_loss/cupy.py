@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch.cupy import ACCESS, counter, enumerator, launch, shared_memory, specialised
+from ..launch.cupy import ACCESS, counters, enumerator, launch, shared_memory, specialised
 from .reference import IGNORED, gradient_dtype
 
 SOURCE = Path(__file__).with_name("cuda.cu")
@@ -72,7 +72,7 @@ def forward(
     _launch(
         objective,
         logits,
-        (teacher_logits, labels, counted, grad, partials, counter(device), parts, None, None),
+        (teacher_logits, labels, counted, grad, partials, counters(device, 1), parts, None, None),
         numbers=(alpha, beta, temperature),
         keep=keep,
     )

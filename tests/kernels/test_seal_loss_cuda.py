@@ -192,7 +192,7 @@ def test_a_broken_line_is_noticed(line, monkeypatch):
     broken = cuda_host.Kernels(text.replace(*BREAKS[line]))
     monkeypatch.setattr(cuda_host, "kernels", lambda path: broken)
     counter = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(room, "counter", lambda device: counter)
+    monkeypatch.setattr(room, "counters", lambda device, number: counter)
     checked = [
         Setup(4, 10, "seal", None, F32, F32, torch.int64, "contiguous"),
         Setup(33, 6, "tdkd", "table", F32, F32, torch.int32, "classes outermost"),

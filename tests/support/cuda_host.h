@@ -260,7 +260,8 @@ static void run_block() {
 }
 
 static const char* launch(
-    void (*kernel)(const void* const*), const unsigned* sizes, size_t shared_bytes, const void* const* given) {
+    void (*kernel)(const void* const*), const unsigned* sizes, bool backwards, size_t shared_bytes,
+    const void* const* given) {
   gridDim = {sizes[0], sizes[1], sizes[2]};
   blockDim = {sizes[3], sizes[4], sizes[5]};
   call = kernel;
@@ -271,7 +272,8 @@ static const char* launch(
   shared(nullptr, shared_bytes + MARGIN * sizeof(uint4));
   for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
-      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+      for (unsigned x = 0; x < gridDim.x; ++x) {
+        blockIdx.x = backwards ? gridDim.x - 1 - x : x;
         run_block();
         if (!error.empty()) return error.c_str();
       }

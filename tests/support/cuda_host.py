@@ -37,6 +37,7 @@ FLAGS = ("-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasin
 FLAGS += ("-fvisibility=hidden", "-w")  # libraries of different texts do not meet
 CHECKS = ("-fsanitize=alignment,null,bounds",)  # their handlers are in cuda_host.h, so nothing is linked
 BATCH = 48  # kernels compiled as one file
+BACKWARDS = False  # whether the blocks run from the last to the first
 SHARED_MEMORY = 227 << 10  # bytes that a block may have, as on an H200
 DTYPES = {torch.bfloat16: "bfloat16"}  # others have the names of NumPy
 
@@ -94,7 +95,7 @@ class Kernels:
         values = [np.array(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         library, index = self._compiled[expression]
-        error = library.cuda_host_launch(index, (ctypes.c_uint * 6)(*sizes), shared_bytes, pointers)
+        error = library.cuda_host_launch(index, (ctypes.c_uint * 6)(*sizes), BACKWARDS, shared_bytes, pointers)
         if error:
             raise RuntimeError(f"{expression}: {error.decode()}")
 
@@ -114,13 +115,16 @@ static const cuda_host::Entry cuda_host_entries[] = {{  // where names are as in
 {kernels}}};
 #pragma GCC visibility push(default)
 extern "C" const char* cuda_host_signature(int kernel) {{ return cuda_host_entries[kernel].signature(); }}
-extern "C" const char* cuda_host_launch(int kernel, const unsigned* sizes, size_t shared, const void* const* given) {{
-  return cuda_host::launch(cuda_host_entries[kernel].call, sizes, shared, given);
+extern "C" const char* cuda_host_launch(
+    int kernel, const unsigned* sizes, bool backwards, size_t shared, const void* const* given) {{
+  return cuda_host::launch(cuda_host_entries[kernel].call, sizes, backwards, shared, given);
 }}
 """
         library = ctypes.CDLL(str(_build(program)))
         library.cuda_host_signature.restype = library.cuda_host_launch.restype = ctypes.c_char_p
-        library.cuda_host_launch.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+        library.cuda_host_launch.argtypes = (
+            *(ctypes.c_int, ctypes.c_void_p, ctypes.c_bool, ctypes.c_size_t, ctypes.c_void_p),
+        )
         return library
 
 
@@ -159,19 +163,22 @@ def planning() -> Iterator[None]:
 
 def install(monkeypatch, room) -> None:
     """Let the launcher module `room`, such as kernels.lif.cupy, run its kernels on the CPU until the test's end."""
-    launch = room.launch
+    launch, counting = room.launch, []
+
+    def counters(device, number):
+        counting.append(torch.zeros(number + 64, dtype=torch.int32, device=device))
+        return counting[-1][:number]
 
     def checked(path, expression, blocks, threads, arguments, *, device, **options):
         if _planned is None:
             _check_tensors(kernels(path).parameters(expression), expression, arguments, device)
         launch(path, expression, blocks, threads, arguments, device=device, **options)
+        assert not any(each.any() for each in counting), f"{expression} does not set its counters back"
+        counting.clear()
 
     monkeypatch.setattr(room, "launch", checked)
     monkeypatch.setattr(cupy, "start", start)
-    stand_ins = {
-        "shared_memory": lambda device: SHARED_MEMORY,
-        "counter": lambda device: torch.zeros(1, dtype=torch.int32, device=device),
-    }
+    stand_ins = {"shared_memory": lambda device: SHARED_MEMORY, "counters": counters}
     for name, stand_in in stand_ins.items():
         if hasattr(room, name):
             monkeypatch.setattr(room, name, stand_in)
