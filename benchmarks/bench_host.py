@@ -12,11 +12,11 @@ from __future__ import annotations
 import functools
 import itertools
 
-import launches
 import pytest
 import torch
 from torch import nn
 
+import launches
 import measure
 import peers
 import published

@@ -73,11 +73,15 @@ class Plan:
         norms: list[tuple[Tensor | None, ...]],  # the tensors of each Norm; none where the table is filled already
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Spikes [T·B, C, ...], and if kept the membrane input and the spikes as bits."""
+        given = [Norm(*tensors, *numbers) for tensors, numbers in zip(norms, self.numbers, strict=False)]
+        call = self.kind._asdict()
+        if given and table is None and not any(self.counts):
+            return self.kernel.forward(y, residual, None, options, **call, norms=tuple(given))
         if table is None:
             table = self.table(y)
-        for i, (tensors, numbers) in enumerate(zip(norms, self.numbers, strict=False)):
-            self.kernel.fill_table(table, i, residual if i else y, Norm(*tensors, *numbers))
-        return self.kernel.forward(y, residual, scales(table), options, **self.kind._asdict())
+        for i, norm in enumerate(given):
+            self.kernel.fill_table(table, i, residual if i else y, norm)
+        return self.kernel.forward(y, residual, scales(table), options, **call)
 
     def backward(
         self,

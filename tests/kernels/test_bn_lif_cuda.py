@@ -6,21 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_host_bn_lif import (
-    BF16,
-    EVEN,
-    F16,
-    F32,
-    F64,
-    FIRST,
-    LAST,
-    LONG,
-    NEURONS,
-    PAIRS,
-    SETUPS,
-    Setup,
-    from_fixed_statistics,
-)
 
 import bn_lif_kernels
 import cuda_host
@@ -36,6 +21,21 @@ from bn_lif_kernels import (
     normal,
     per_channel,
     table_of,
+)
+from cuda_host_bn_lif import (
+    BF16,
+    EVEN,
+    F16,
+    F32,
+    F64,
+    FIRST,
+    LAST,
+    LONG,
+    NEURONS,
+    PAIRS,
+    SETUPS,
+    Setup,
+    from_fixed_statistics,
 )
 from cuda_host_lif import guarded, poisoned
 from seal_fast.kernels.bn_lif import cupy as room

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_host_bn_lif import BF16, EVEN, F32, F64, FIRST, LAST, NEURONS, PAIRS, SETUPS, Setup, from_fixed_statistics
 
 import bn_lif_kernels
 import cuda_host
 from bn_lif_kernels import KINDS, PUBLISHED, compare_statistics, compare_table, normal, per_channel, table_of
+from cuda_host_bn_lif import BF16, EVEN, F32, F64, FIRST, LAST, NEURONS, PAIRS, SETUPS, Setup, from_fixed_statistics
 from cuda_host_lif import guarded, poisoned
 from seal_fast.kernels.bn_lif import cupy as room
 from seal_fast.kernels.bn_lif import norms

@@ -33,8 +33,8 @@ class Carried:
 
     def __getattr__(self, name: str):
         def run(*arguments, **options):
-            there = moved(arguments, "cuda")
-            result = moved(getattr(self._kernel, name)(*there, **options), "cpu")
+            there, others = moved(arguments, "cuda"), {key: moved(value, "cuda") for key, value in options.items()}
+            result = moved(getattr(self._kernel, name)(*there, **others), "cpu")
             for place in WRITTEN.get(name, ()):
                 for tensor, written in zip(_tensors(arguments[place]), _tensors(there[place]), strict=True):
                     if not tensor.requires_grad:  # weight and bias are read
