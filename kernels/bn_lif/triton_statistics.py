@@ -30,6 +30,9 @@ STAGES = {"wide": 4, "narrow": 3}
 # [4, 256, 64, 32, 32] took 43 us with 2 to 6 and 49 with 16, of [4, 128, 512, 4, 4] 7 us with 4 and 21 with 16. The
 # gradient took 109 us with 12 where a channel is contiguous, and 100 with 16.
 PROGRAMS = {"statistics": 4, "gradient": 16}
+# Registers that a thread of _statistics may have: at most as many as PROGRAMS run with. Left to itself, ptxas takes
+# fewer, and spills some.
+REGISTERS = {torch.float32: 128, torch.float64: 255}
 COLUMNS = 64  # channels of a program of _table
 # Of a thread of _normalised_gradient at once, for each tensor. On an H200, in bfloat16, it took 117 us with 1 where a
 # channel is contiguous, and 97 with 4, as long as a copy; pipelines took as long, and longer for small maps.
@@ -203,6 +206,7 @@ def _take(y: Tensor, norm: Norm, outputs: tuple[Tensor | None, ...], index: int,
         device=y.device,
         num_warps=THREADS // 32,
         STATE=tl.float64 if state == torch.float64 else tl.float32,
+        maxnreg=REGISTERS[state],
         STAGES=stages,
         RUN=merge.run,
         **tiles.constants,
