@@ -175,7 +175,7 @@ def _backward(
     if NORMALISED:
         of_residual = tl.sum(sum_residual, AXIS, keep_dims=True)
     last, of_m, of_y, of_residual = merge_sums(
-        of_m, of_y, of_residual, partials, counters, c, C, blocks, NORMALISED, RUN
+        of_m, of_y, of_residual, partials, counters, blocks, NORMALISED, COLS if LAST else 1, RUN
     )
     NORMS: tl.constexpr = 2 if NORMALISED else 1
     if last:
@@ -222,7 +222,7 @@ def backward(
     programs = PROGRAMS["few" if together == 8 and min(time_steps, chunk) > 2 else "many"]
     tiles = tiling(given.N, given.C, given.channel_stride, dtype, THREADS * together, y.device, programs)
     merge = merging(tiles, "sums", state)
-    partials = torch.empty((merge.rows, count, given.C), dtype=state, device=y.device)
+    partials = torch.empty(count * merge.numbers, dtype=state, device=y.device)
     later = (time_steps - 1) // chunk
     checkpoints = torch.empty((later, given.N), dtype=state, device=y.device) if later else None
     launch(

@@ -27,7 +27,7 @@ MOST_ROWS = 256  # of a run
 class Merge(NamedTuple):
     """How the partial results of a launch are merged."""
 
-    rows: int  # of partial results, on all levels
+    numbers: int  # of each kind that all levels leave
     counters: int
     run: int  # rows of a run
 
@@ -36,12 +36,12 @@ def merging(tiles: Tiling, kind: str, state: torch.dtype) -> Merge:
     """Of a launch of these tiles."""
     cols = tiles.constants["COLS"] if tiles.constants["LAST"] else 1
     run = min(MERGED[kind] // (state.itemsize * cols), MOST_ROWS)
-    number, rows, runs = tiles.splits, 0, 0
-    while number > 1:
-        rows += number
-        number = -(-number // run)
-        runs += number
-    return Merge(rows, runs * tiles.programs // tiles.splits, run)
+    blocks, count, rows, runs = tiles.programs // tiles.splits, tiles.splits, 0, 0
+    while count > 1:
+        rows += count
+        count = -(-count // run)
+        runs += count
+    return Merge(rows * blocks * cols, runs * blocks, run)
 
 
 @triton.jit
@@ -49,32 +49,34 @@ def merge_statistics(
     k,  # of this program's split, [1, COLS] as the next two
     mean,  # less k
     squares,  # sum of squared deviations from the mean
-    partials,  # [rows, 3, C] in the state's dtype: k, mean and squares of each split, then of each run
+    partials,  # in the state's dtype: for each level one after the other [blocks, rows, 3, COLS], these three
     counters,
-    c,  # the program's channels [1, COLS]
-    C,
-    blocks,
+    blocks,  # groups of channels
     positions,  # of a channel
     every,  # positions of a split
+    COLS: tl.constexpr,
     RUN: tl.constexpr,
 ):
     """Whether the program is the last of its channels, and then their means and sums of squared deviations."""
     count = tl.num_programs(0) // blocks  # rows of the level
     index = tl.program_id(0) // blocks
-    counters += tl.program_id(0) % blocks
+    block = tl.program_id(0) % blocks
     last = count > 0
     while last & (count > 1):
-        row = partials + index.to(tl.int64) * (3 * C) + c
-        tl.store(row, k, c < C)
-        tl.store(row + C, mean, c < C)
-        tl.store(row + 2 * C, squares, c < C)
+        rows = partials + (block * count).to(tl.int64) * (3 * COLS) + tl.arange(0, COLS)[None, :]
+        mine = rows + index * (3 * COLS)
+        tl.store(mine, k)
+        tl.store(mine + COLS, mean)
+        tl.store(mine + 2 * COLS, squares)
         run = index // RUN
-        rows = tl.minimum(count - run * RUN, RUN)
-        last = is_last(counters + run * blocks, rows)
+        first = run * RUN
+        number = tl.minimum(count - first, RUN)
+        last = is_last(counters + run * blocks + block, number)
         if last:
-            first = (run * RUN).to(tl.int64)
-            k, mean, squares = _merged(partials + first * (3 * C), rows, positions - first * every, every, c, C, RUN)
-        partials += count.to(tl.int64) * (3 * C)
+            k, mean, squares = _merged(
+                rows + first * (3 * COLS), number, positions - first.to(tl.int64) * every, every, COLS, RUN
+            )
+        partials += (blocks * count).to(tl.int64) * (3 * COLS)
         index, count, every = run, tl.cdiv(count, RUN), every * RUN
         counters += count * blocks
     return last, k + mean, squares
@@ -82,22 +84,21 @@ def merge_statistics(
 
 @triton.jit
 def _merged(
-    partials,  # of the first row
-    rows,
+    rows,  # the first one, at its columns
+    number,  # of rows
     positions,  # of all rows, or more where others follow
     every,
-    c,
-    C,
+    COLS: tl.constexpr,
     RUN: tl.constexpr,
 ):
     """k, mean and squares of some rows, as those in merge_statistics."""
     row = tl.arange(0, RUN)[:, None]
-    mask = (row < rows) & (c < C)
-    at = partials + row.to(tl.int64) * (3 * C) + c
-    origin = tl.load(partials + c, c < C, other=0.0, cache_modifier=".cg")  # means count from here
+    mask = row < number
+    at = rows + row * (3 * COLS)
+    origin = tl.load(rows, cache_modifier=".cg")  # means count from here
     means = tl.load(at, mask, other=0.0, cache_modifier=".cg") - origin
-    means = tl.where(mask, means + tl.load(at + C, mask, other=0.0, cache_modifier=".cg"), 0.0)
-    squares = tl.load(at + 2 * C, mask, other=0.0, cache_modifier=".cg")
+    means = tl.where(mask, means + tl.load(at + COLS, mask, other=0.0, cache_modifier=".cg"), 0.0)
+    squares = tl.load(at + 2 * COLS, mask, other=0.0, cache_modifier=".cg")
     count = tl.minimum(tl.maximum(positions - row * every, 0), every).to(origin.dtype)
     mean = tl.sum(count * means, 0, keep_dims=True) / tl.minimum(positions, RUN * every).to(origin.dtype)
     off = tl.where(mask, means - mean, 0.0)  # the square of what does not exist could be infinite
@@ -109,41 +110,41 @@ def merge_sums(
     of_m,  # Σ dm of this program's split, [1, COLS] as the next two
     of_y,  # Σ dm (y - mean)
     of_residual,  # Σ dm (residual - its mean), with NORMALISED
-    partials,  # [rows, 2 or 3, C] in the state's dtype: these sums of each split, then of each run
+    partials,  # in the state's dtype: for each level one after the other [blocks, rows, 2 or 3, COLS], these sums
     counters,
-    c,  # the program's channels [1, COLS]
-    C,
-    blocks,
+    blocks,  # groups of channels
     NORMALISED: tl.constexpr,  # whether the residual has a norm
+    COLS: tl.constexpr,
     RUN: tl.constexpr,
 ):
     """Whether the program is the last of its channels, and then the sums over all splits."""
-    KINDS: tl.constexpr = 3 if NORMALISED else 2
+    ROW: tl.constexpr = (3 if NORMALISED else 2) * COLS
     count = tl.num_programs(0) // blocks  # rows of the level
     index = tl.program_id(0) // blocks
-    counters += tl.program_id(0) % blocks
+    block = tl.program_id(0) % blocks
     last = count > 0
     while last & (count > 1):
-        row = partials + index.to(tl.int64) * (KINDS * C) + c
-        tl.store(row, of_m, c < C)
-        tl.store(row + C, of_y, c < C)
+        rows = partials + (block * count).to(tl.int64) * ROW + tl.arange(0, COLS)[None, :]
+        mine = rows + index * ROW
+        tl.store(mine, of_m)
+        tl.store(mine + COLS, of_y)
         if NORMALISED:
-            tl.store(row + 2 * C, of_residual, c < C)
+            tl.store(mine + 2 * COLS, of_residual)
         run = index // RUN
-        rows = tl.minimum(count - run * RUN, RUN)
-        last = is_last(counters + run * blocks, rows)
+        number = tl.minimum(count - run * RUN, RUN)
+        last = is_last(counters + run * blocks + block, number)
         if last:
-            of_run = tl.arange(0, RUN)[:, None]
-            mask = (of_run < rows) & (c < C)
-            at = partials + (run * RUN + of_run).to(tl.int64) * (KINDS * C) + c
+            row = tl.arange(0, RUN)[:, None]
+            mask = row < number
+            at = rows + run * RUN * ROW + row * ROW
             # All are asked for before the first is waited for.
             all_m = tl.load(at, mask, other=0.0, cache_modifier=".cg")
-            all_y = tl.load(at + C, mask, other=0.0, cache_modifier=".cg")
+            all_y = tl.load(at + COLS, mask, other=0.0, cache_modifier=".cg")
             if NORMALISED:
-                all_residual = tl.load(at + 2 * C, mask, other=0.0, cache_modifier=".cg")
+                all_residual = tl.load(at + 2 * COLS, mask, other=0.0, cache_modifier=".cg")
                 of_residual = tl.sum(all_residual, 0, keep_dims=True)
             of_m, of_y = tl.sum(all_m, 0, keep_dims=True), tl.sum(all_y, 0, keep_dims=True)
-        partials += count.to(tl.int64) * (KINDS * C)
+        partials += (blocks * count).to(tl.int64) * ROW
         index, count = run, tl.cdiv(count, RUN)
         counters += count * blocks
     return last, of_m, of_y, of_residual

@@ -94,7 +94,9 @@ def _statistics(
     apart = sums / count
     squares = tl.sum(squares, AXIS, keep_dims=True) - sums * apart
     positions = size(positions, 1)
-    last, m, squares = merge_statistics(k, apart, squares, partials, counters, c, C, blocks, positions, every, RUN)
+    last, m, squares = merge_statistics(
+        k, apart, squares, partials, counters, blocks, positions, every, COLS if LAST else 1, RUN
+    )
     if last:
         write_norm(
             m, squares / positions.to(STATE), mean, variance, table, weight, bias, running_mean, running_var, tracked,
@@ -195,7 +197,7 @@ def _take(y: Tensor, norm: Norm, outputs: tuple[Tensor | None, ...], index: int,
         _statistics,
         tiles.programs,
         given.y,
-        torch.empty((merge.rows, 3, C), dtype=state, device=y.device),
+        torch.empty(3 * merge.numbers, dtype=state, device=y.device),
         counters(y.device, merge.counters),
         *outputs,
         *norm[:5],
