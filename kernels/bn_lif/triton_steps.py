@@ -4,9 +4,14 @@ The neuron is that of lif/triton.py, and as there both functions recur over the 
 step's values in registers. Blocks have any one shape; scales, shifts, means and constants broadcast to it.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..launch.triton import argument, start
+from ..lif.reference import state_dtype
+from ..neuron.options import Options
 from ..neuron.triton import (
     charge,
     fire,
@@ -18,6 +23,14 @@ from ..neuron.triton import (
 )
 from ..packing.triton import store_bits
 from ..surrogate.triton import derivative
+from .tensors import Inputs
+
+THREADS = 128  # of a program
+CHUNK = 16  # most time steps that are in registers at once; half of them where a thread keeps too much of each
+
+_NUMBERS = ["tau", "inverse_tau", "decay", "threshold", "reset"]
+_STRIDES = ["N", "y_stride", "residual_stride"]
+BY_VALUE = [*_NUMBERS, *_STRIDES, "chunks"]  # see lif/triton.py
 
 
 @triton.jit
@@ -167,3 +180,50 @@ def steps_backward(
         if residual_mean is not None:
             total_residual = tl.fma(dm, r_t.to(v.dtype) - residual_mean, total_residual)
     return c, total, total_y, total_residual, total_threshold, total_inverse_tau
+
+
+def chunk_of(time_steps: int, kept: int, most: int) -> int:
+    """How many steps are in registers at once, where a thread keeps `kept` bytes of each and `most` of all, at most."""
+    return CHUNK if min(time_steps, CHUNK) * kept <= most else CHUNK // 2
+
+
+def launch(
+    kernel,
+    programs: int,
+    tensors: tuple[Tensor | None, ...],
+    given: Inputs,
+    options: Options,
+    *,
+    chunk: int,
+    sizes: tuple[int, ...],
+    numbers: tuple[float, ...] = (),
+    threads: int = THREADS,
+    **flags,
+) -> None:
+    """Start a kernel of `tensors`, of a neuron's constants, of `numbers`, of N and what follows it, and of `sizes`."""
+    state = state_dtype(given.y.dtype)
+    constants, values = options.passed(given.y.device, state)
+    start(
+        kernel,
+        programs,
+        *tensors,
+        constants,
+        *(argument(value, state) for value in (*values, options.v_reset or 0.0, *numbers)),
+        given.N,
+        given.y_stride,
+        given.residual_stride,
+        (given.T - 1) // chunk,
+        *sizes,
+        device=given.y.device,
+        num_warps=threads // 32,
+        maxnreg=255,  # without a limit, ptxas may spill some to have only 128
+        STEPS=(given.T - 1) % chunk + 1,
+        CHUNK=chunk,
+        LONG=chunk < given.T,
+        STATE=tl.float64 if state == torch.float64 else tl.float32,
+        CHARGE=options.charge_kind,
+        SOFT=options.v_reset is None,
+        PER_CHANNEL=constants is not None and constants.shape[1] > 1,
+        ONCE=given.y_stride == given.residual_stride == 0,
+        **flags,
+    )

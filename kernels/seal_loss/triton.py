@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch.triton import ACCESS, aligned, size, start
+from ..launch.triton_counters import counters
 from . import reference
 from .triton_chunk import (
     add_similarities,
@@ -40,7 +41,7 @@ from .triton_chunk import (
     temporal_target,
     weighed,
 )
-from .triton_sums import IGNORED, count_kept, counter, finish
+from .triton_sums import IGNORED, count_kept, finish
 
 # Most elements of a chunk: with more, threads spill registers. Chunks of more than four rows have half, as each row of
 # a thread takes some twenty registers, and a quarter where a thread, reading single logits, has more of the rows.
@@ -290,7 +291,7 @@ def forward(
         grad = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
     parts = logits.new_empty(4, dtype=torch.float32)
     partials = logits.new_empty((3, min(logits.shape[1], MOST_PROGRAMS)), dtype=torch.float32)
-    tensors = (teacher_logits, labels, grad, parts, partials, counter(logits.device), None, None)
+    tensors = (teacher_logits, labels, grad, parts, partials, counters(logits.device, 1), None, None)
     _launch(logits, tensors, (alpha, beta, temperature), objective)
     return parts, grad
 

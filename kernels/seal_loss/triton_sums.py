@@ -1,17 +1,13 @@
 """What all programs of a launch of triton.py add up: the samples that count, and the parts of the loss.
 
-Each program counts the labels itself, and leaves its sums. A counter tells which program is the last one to do so; that
-one adds them all up, in the order of the programs, and sets the counter back to 0 for the next launch.
+Each program counts the labels itself, and leaves its sums. The last one to do so adds them all up, in the order of the
+programs.
 """
 
-import contextlib
-import threading
-
-import torch
 import triton
 import triton.language as tl
 
-from ..launch.device import current_stream, is_current
+from ..launch.triton_counters import is_last
 from . import reference
 from .triton_chunk import weighed
 
@@ -35,7 +31,6 @@ def _sum_of_programs(partials, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, programs, BLOCK):
         n = begin + tl.arange(0, BLOCK)
-        # From the cache that all processors share.
         total += tl.load(partials + n, n < programs, other=0.0, cache_modifier=".cg")
     return tl.sum(total, 0)
 
@@ -48,8 +43,7 @@ def finish(partials, parts, counter, ce, ela, sta, steps, alpha, beta, TARGET: t
     tl.store(mine, ce)
     tl.store(mine + programs, ela)
     tl.store(mine + 2 * programs, sta)
-    tl.debug_barrier()
-    if tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1:
+    if is_last(counter, programs):
         ce = _sum_of_programs(partials, BLOCK) / steps
         ela = _sum_of_programs(partials + programs, BLOCK) / steps
         sta = 0.0
@@ -59,36 +53,3 @@ def finish(partials, parts, counter, ce, ela, sta, steps, alpha, beta, TARGET: t
         tl.store(parts + 1, ce)
         tl.store(parts + 2, ela)
         tl.store(parts + 3, sta)
-        tl.store(counter, 0)
-
-
-# (device, stream) -> its counter, as launches of a stream follow each other
-_counters: dict[tuple[int, int], torch.Tensor] = {}
-
-
-def counter(device: torch.device) -> torch.Tensor:
-    """A 0 that no other launch uses while the next one does.
-
-    A captured launch may be replayed on any stream, so that its graph has a counter of its own, which it sets to 0.
-    """
-    if device.type != "cuda":
-        return torch.zeros((), dtype=torch.int32, device=device)
-    with contextlib.nullcontext() if is_current(device) else torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros((), dtype=torch.int32, device=device)
-        key = (device.index, current_stream(device))
-        if key not in _counters:
-            # On a thread and a stream of its own, as those of the caller may take memory from a pool of CUDA graphs,
-            # which then use it for something else.
-            thread = threading.Thread(target=_make_counter, args=(key, torch.cuda.current_stream()))
-            thread.start()
-            thread.join()
-        return _counters[key]
-
-
-def _make_counter(key: tuple[int, int], stream: torch.cuda.Stream) -> None:
-    beside = torch.cuda.Stream(stream.device)
-    with torch.cuda.stream(beside):
-        made = torch.zeros((), dtype=torch.int32, device=stream.device)
-    stream.wait_stream(beside)
-    _counters.setdefault(key, made)

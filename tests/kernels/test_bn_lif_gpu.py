@@ -82,6 +82,23 @@ def test_captured_graph_replays(gpu_backend):
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_two_streams_at_once_do_not_mix_their_sums(gpu_backend, layout):
+    """Nor do results differ from run to run."""
+    given = [(norms(), *inputs(torch.float32, layout)) for _ in range(2)]
+    expected = [layer(gpu_backend, *values) for values in given]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        got = []
+        for stream, values in zip(streams, given, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(layer(gpu_backend, *values))
+        torch.cuda.synchronize()
+        for results, right in zip(got, expected, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(results, right, strict=True))
+
+
 def test_packed_spikes_are_unpacked_on_the_gpu(gpu_backend, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     y, residual, _ = inputs(torch.bfloat16, torch.channels_last, 16)

@@ -203,8 +203,8 @@ def test_more_samples_than_programs(monkeypatch):
 
 
 def test_the_counter_is_set_back(monkeypatch):
-    counter = torch.zeros((), dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(kernel, "counter", lambda device: counter)
+    counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(kernel, "counters", lambda device, number: counter)
     first = run(*inputs(3, 5, 4))
     assert counter == 0
     for left, right in zip(run(*inputs(3, 5, 4)), first, strict=True):

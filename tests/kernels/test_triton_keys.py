@@ -20,7 +20,7 @@ for name in sorted(sys.argv[1:]):
     print(name, function(name).cache_key)
 """
 KERNELS = (
-    *("lif.triton._forward", "lif.triton._backward", "bn_lif.triton._forward", "bn_lif.triton._backward"),
+    *("lif.triton._forward", "lif.triton._backward", "bn_lif.triton_forward._forward", "bn_lif.triton._backward"),
     *("bn_lif.triton_statistics._statistics", "seal_loss.triton._seal_loss", "packing.triton._unpack"),
 )
 
