@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch.cupy import ACCESS, NUMBERS, counters, launch, specialised, together
+from ..launch.counters import counters
+from ..launch.cupy import ACCESS, NUMBERS, launch, specialised, together
 from ..launch.device import multiprocessors
 from ..lif.reference import state_dtype
 from ..neuron.cupy import passed

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch.counters import counters
 from ..launch.triton import ACCESS, number, size
-from ..launch.triton_counters import counters
 from ..neuron.options import Options
 from ..neuron.triton import constants_of
 from .tensors import BackwardOutputs, alike, backward_outputs, inputs

@@ -14,8 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch.triton import divide, number
-from ..launch.triton_counters import is_last
+from ..launch.triton import divide, is_last, number
 from .triton_tiles import Tiling
 
 # Bytes of each kind of partial result that a program reads at once. Of 64 channels in float32, runs have 32 rows of

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch.counters import counters
 from ..launch.triton import ACCESS, argument, size, start
-from ..launch.triton_counters import counters
 from ..lif.reference import state_dtype
 from .norms import Norm
 from .tensors import alike, dense, inputs

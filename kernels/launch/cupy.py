@@ -290,68 +290,6 @@ def shared_memory(device: torch.device) -> int:
     return runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index)
 
 
-def counters(device: torch.device, number: int) -> torch.Tensor:
-    """So many int32 zeros, or more, for blocks to count how many have finished; the last ones must set them back.
-
-    Kernels on one stream run one after another and share them. A launch in a graph has its own, as the graph may run
-    beside its stream: of a reserve that is there before the capture, so that the graph need not make them zero.
-    """
-    reserve = _reserves.get(device) or _reserves.setdefault(device, _Reserve())
-    with contextlib.nullcontext() if is_current(device) else torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():
-            reserved = reserve.take(number)
-            return torch.zeros(number, dtype=torch.int32, device=device) if reserved is None else reserved
-    if reserve.low:
-        reserve.fill(device)
-    size = 1 << max(number - 1, _COUNTERS - 1).bit_length()  # kernels in flight may hold smaller ones
-    key = (device, current_stream(device), size)
-    found = _counters.get(key)
-    return _counters.setdefault(key, _zeros(device, size)) if found is None else found
-
-
-class _Reserve:
-    """Zeros of a device for launches in graphs, each of which is given to one launch for ever."""
-
-    SIZE, MOST = 1 << 18, 1 << 22  # int32 made at once, and in all: beyond these, graphs make zeros themselves
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.made: list[torch.Tensor] = []  # keeps the memory, which graphs use
-        self.left: torch.Tensor | None = None  # of the last of these
-        self.low = True  # and may be filled
-
-    def take(self, number: int) -> torch.Tensor | None:
-        """So many zeros, or None where there are too few."""
-        with self.lock:
-            if self.left is None or len(self.left) < number:
-                return None
-            taken, self.left = self.left[:number], self.left[number:]
-            self.low = len(self.left) < self.SIZE // 2 and self.SIZE * len(self.made) < self.MOST
-            return taken
-
-    def fill(self, device: torch.device) -> None:
-        """Where it is low; not while a graph is captured."""
-        with self.lock:
-            if self.low:
-                self.left, self.low = _zeros(device, self.SIZE), False
-                self.made.append(self.left)
-
-
-_reserves: dict[torch.device, _Reserve] = {}
-_COUNTERS = 1024  # of a stream, at least
-_counters: dict[tuple[torch.device, int, int], torch.Tensor] = {}
-
-
-def _zeros(device: torch.device, size: int) -> torch.Tensor:
-    """Int32 zeros in memory of their own: torch may be recording what it allocates, for graphs."""
-    import cupy
-
-    with cupy.cuda.Device(device.index), cupy.cuda.Stream.null:
-        memory = cupy.zeros(size, cupy.int32)
-        cupy.cuda.Stream.null.synchronize()
-        return torch.as_tensor(memory, device=device)
-
-
 @functools.cache
 def _function(path: Path, expression: str, device: torch.device):
     import cupy

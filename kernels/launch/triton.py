@@ -173,3 +173,17 @@ def divide_by_moderate(a, b):
     else:
         quotient = a / b
     return quotient
+
+
+@triton.jit
+def is_last(counter, programs):
+    """Whether so many programs have called this with the counter, which is 0 again then.
+
+    What any of them has stored before is visible to the last one, if it loads with cache_modifier=".cg": from the cache
+    that all multiprocessors share.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(counter, 0)
+    return last

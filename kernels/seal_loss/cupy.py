@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch.cupy import ACCESS, counters, enumerator, launch, shared_memory, specialised
+from ..launch.counters import counters
+from ..launch.cupy import ACCESS, enumerator, launch, shared_memory, specialised
 from .reference import IGNORED, gradient_dtype
 
 SOURCE = Path(__file__).with_name("cuda.cu")

@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch.counters import counters
 from ..launch.triton import ACCESS, aligned, size, start
-from ..launch.triton_counters import counters
 from . import reference
 from .triton_chunk import (
     add_similarities,

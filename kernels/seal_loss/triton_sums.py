@@ -7,7 +7,7 @@ programs.
 import triton
 import triton.language as tl
 
-from ..launch.triton_counters import is_last
+from ..launch.triton import is_last
 from . import reference
 from .triton_chunk import weighed
 

@@ -11,10 +11,11 @@ from torch import nn
 import cuda_host
 import launches
 from seal_fast import bn_lif
-from seal_fast.backends import available
+from seal_fast.kernels.launch import cpu
 from seal_fast.nn import LIFNode
 
 T, C = 4, 8
+# Triton's kernels are counted where they are compiled: test_bn_lif_triton_compile.py.
 # On the CPU one call of native code does what two launches do on a GPU.
 NATIVE = {
     "forward": ["seal_bn_lif_forward"],
@@ -27,11 +28,6 @@ EXPECTED = {
         "forward": ["moments", "bn_lif_forward"],
         "backward": ["bn_lif_backward", "normalised_gradient"],
         "evaluation": ["bn_lif_forward"],
-    },
-    "triton": {
-        "forward": ["_statistics", "_forward"],
-        "backward": ["_backward", "_normalised_gradient"],
-        "evaluation": ["_forward"],
     },
 }
 # Of a norm of the residual's own: its statistics, and the gradient that passes it.
@@ -53,16 +49,14 @@ def running(backend, run):
         yield
 
 
-def backends():
-    for backend in EXPECTED:
-        reason = cuda_host.missing() if backend == "cupy" else ""
-        if backend not in available("bn_lif") and not (backend == "cupy" and not reason):
-            reason = reason or f"{backend} cannot run here"  # Triton's kernels do in its interpreter
-        yield pytest.param(backend, marks=pytest.mark.skipif(bool(reason), reason=reason))
+BACKENDS = [
+    pytest.param("cpu", marks=pytest.mark.skipif(bool(cpu.missing()), reason=cpu.missing())),
+    pytest.param("cupy", marks=pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())),
+]
 
 
 @pytest.mark.parametrize("residual", ["none", "spikes", "normalised"])
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_layer_starts_so_many_kernels_and_no_operation_of_torch(backend, residual):
     torch.manual_seed(0)
     y, upstream = torch.randn(2 * T, C, 3, 3, requires_grad=True), torch.randn(2 * T, C, 3, 3)

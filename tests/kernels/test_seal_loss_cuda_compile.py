@@ -1,12 +1,9 @@
 """The loss's CUDA kernels through NVRTC, which needs no GPU, and how they are started."""
 
-import contextlib
-import functools
 import os
 import re
 import sys
 import types
-import weakref
 
 import pytest
 import torch
@@ -193,76 +190,3 @@ def test_large_shared_memory_is_asked_for(monkeypatch):
         launcher.start(room.SOURCE, "kernel", 1, 32, [1], "q", CUDA, shared_bytes)
     assert [call.get("shared_mem") for call in (calls[0], calls[1], calls[3])] == [None, 48 << 10, (48 << 10) + 16]
     assert calls[2] == (77, 8, (48 << 10) + 16)
-
-
-@pytest.fixture
-def streams(monkeypatch):
-    """The current stream and whether it is being captured; and sizes and zeros that were made outside of graphs."""
-    state, made = {"stream": 0, "capturing": False}, []
-
-    def zeros(_, size):
-        assert not state["capturing"]
-        whole = torch.zeros(size, dtype=torch.int32)
-        made.append((size, weakref.ref(whole)))
-        return whole
-
-    monkeypatch.setattr(launcher, "_zeros", zeros)
-    monkeypatch.setattr(launcher, "_counters", {})
-    monkeypatch.setattr(launcher, "_reserves", {})
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
-    monkeypatch.setattr(launcher, "is_current", lambda device: device.index == 0)
-    monkeypatch.setattr(launcher, "current_stream", lambda device: state["stream"])
-    return state, made
-
-
-def test_each_stream_has_counters_and_each_launch_in_a_graph_its_own(streams):
-    state, made = streams
-    first = launcher.counters(CUDA, 1)
-    assert launcher.counters(CUDA, len(first)) is first
-    larger = launcher.counters(CUDA, len(first) + 1)
-    assert len(larger) > len(first)
-    assert launcher.counters(CUDA, 1) is first  # kernels in flight may hold it
-    assert launcher.counters(torch.device("cuda", 0), 1) is not first
-    state["stream"] = 4096
-    second = launcher.counters(CUDA, 1)
-    assert second is not first
-    before = len(made)
-    state["capturing"] = True
-    taken = [launcher.counters(CUDA, number) for number in (3, 1, 5)]
-    state["capturing"] = False
-    assert launcher.counters(CUDA, 1) is second
-    assert len(made) == before
-    for number, each in enumerate(taken):
-        each.fill_(number + 1)
-    assert [each.tolist() for each in taken] == [[1] * 3, [2], [3] * 5]  # none is another's
-    assert not any(each.any() for each in launcher._counters.values())
-
-
-def test_a_reserve_for_graphs_is_filled_between_them_and_no_longer_than_it_may(streams, monkeypatch):
-    monkeypatch.setattr(launcher._Reserve, "SIZE", 8)
-    monkeypatch.setattr(launcher._Reserve, "MOST", 16)
-    monkeypatch.setattr(torch, "zeros", functools.partial(zeros_without_gpu, torch.zeros))
-    state, every = streams
-
-    def sizes():
-        assert all(whole() is not None for _, whole in every)  # graphs use them for ever
-        return [size for size, _ in every]
-
-    def capture(*numbers):
-        state["capturing"] = True
-        found = [launcher.counters(CUDA, number) for number in numbers]
-        state["capturing"] = False
-        launcher.counters(CUDA, 1)
-        assert [each.tolist() for each in found] == [[0] * number for number in numbers]
-
-    capture(2)  # before anything else: there is no reserve
-    assert sizes().count(8) == 1
-    capture(4, 3)  # and 1 is left
-    assert sizes().count(8) == 2
-    capture(9, 8, 1)  # too many, all, and more than are left
-    assert sizes().count(8) == 2
-
-
-def zeros_without_gpu(zeros, *size, device=None, **options):
-    return zeros(*size, **options)
