@@ -24,10 +24,10 @@ def tensor(value: float | Tensor | None) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def key_of(lif) -> tuple:
+def key_of(lif, learned: tuple[float | Tensor, float | Tensor]) -> tuple:
     """All that a plan depends on, of a neuron's options that are no tensors; True equals 1, but is another option."""
-    surrogate, values = lif.surrogate, [lif.tau, lif.v_threshold, lif.v_reset, lif.decay_input, lif.detach_reset]
-    values[:2] = [None if isinstance(value, Tensor) else value for value in values[:2]]
+    surrogate, numbers = lif.surrogate, [None if isinstance(value, Tensor) else value for value in learned]
+    values = *numbers, lif.v_reset, lif.decay_input, lif.detach_reset
     return surrogate.name, surrogate.alpha, *values, *map(type, values)
 
 

@@ -65,13 +65,14 @@ def bn_lif(
     key = None
     if not torch.compiler.is_compiling():
         try:
-            tensors = [y, residual, *map(_neuron.tensor, (lif.tau, lif.v_threshold)), *tensors_of(bn)]
+            learned = lif.tau, lif.v_threshold  # once, as a property may compute them
+            tensors = [y, residual, *map(_neuron.tensor, learned), *tensors_of(bn)]
             of_norms = key_of_norm(bn)
             if residual_bn is not None:
                 tensors += tensors_of(residual_bn)
                 of_norms += key_of_norm(residual_bn)
             chosen = resolve(lif.backend, "bn_lif", y.device, y.dtype)
-            key = chosen, kind, time_steps.__class__, _neuron.key_of(lif), of_norms, key_of(tensors)
+            key = chosen, kind, time_steps.__class__, _neuron.key_of(lif, learned), of_norms, key_of(tensors)
             plan = _plans.get(key)
         except NO_KEY:
             plan = None
