@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "numbers.h"
 
@@ -22,17 +23,28 @@
 
 template <typename State>
 struct VectorOf {
+  typedef std::conditional_t<sizeof(State) == 4, int32_t, int64_t> Index;
 #if defined(__GNUC__)
   static constexpr int kLanes = SEAL_VECTOR_BYTES / sizeof(State);
   typedef State type __attribute__((vector_size(SEAL_VECTOR_BYTES)));
+  typedef Index indices __attribute__((vector_size(SEAL_VECTOR_BYTES)));
 #else
   static constexpr int kLanes = 1;
   typedef State type;
+  typedef Index indices;
 #endif
 };
 
 template <typename State>
 using Vector = typename VectorOf<State>::type;
+
+// Integers beside a Vector<State>, one for each lane.
+template <typename State>
+using Indices = typename VectorOf<State>::indices;
+
+// a / b within 2^-14 of it.
+template <typename Float>
+SEAL_FN Float divide_roughly(Float a, Float b) { return a / b; }
 
 #if defined(__GNUC__)
 
@@ -43,6 +55,13 @@ template <>
 struct BitsOf<Vector<float>> { typedef WideBits type; };
 template <>
 struct FloatOf<WideBits> { typedef Vector<float> type; };
+
+typedef uint64_t LongBits __attribute__((vector_size(SEAL_VECTOR_BYTES)));
+
+template <>
+struct BitsOf<Vector<double>> { typedef LongBits type; };
+template <>
+struct FloatOf<LongBits> { typedef Vector<double> type; };
 
 #if defined(__AVX512F__) || defined(__FMA__)
 template <>
@@ -71,16 +90,38 @@ SEAL_FN Vector<float> divide_by_moderate(Vector<float> a, Vector<float> b) {
   const Vector<float> reciprocal = (Vector<float>)_mm512_rcp14_ps((__m512)b), two = Vector<float>{} + 2.0f;
   return a * reciprocal * fused(-b, reciprocal, two);
 }
+
+SEAL_FN Vector<float> divide_roughly(Vector<float> a, Vector<float> b) {
+  return a * (Vector<float>)_mm512_rcp14_ps((__m512)b);
+}
 #endif
 
+// Right but for 0.8 units in the last place; 0 takes the place of what is less than e^-707.
 SEAL_FN Vector<double> exp_negative(Vector<double> magnitude, double rate) {
-  for (int lane = 0; lane < VectorOf<double>::kLanes; ++lane) magnitude[lane] = exp_negative(magnitude[lane], rate);
-  return magnitude;
+  const Vector<double> zero = {}, least = zero - 707.0, x = magnitude * -rate, clamped = x < least ? least : x;
+  // x = n ln 2 + r. Adding 1.5·2^52 rounds to n, and leaves it in the lowest bits; ln 2 has two parts, so that
+  // n times the first is exact.
+  const Vector<double> shifted = clamped * 1.4426950408889634 + 6755399441055744.0, n = shifted - 6755399441055744.0;
+  const Vector<double> r = (clamped - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+  // The series of e^r up to r^13, which leaves 5e-18.
+  Vector<double> power = zero + 1.0;
+  for (int i = 13; i >= 1; --i) power = power * r * (1.0 / i) + 1.0;
+  const Vector<double> scaled = from_bits(bits_of(power) + (bits_of(shifted) << 52));
+  return x < least ? zero : scaled + (clamped - clamped);  // NaN stays NaN
 }
 
+// Right but for 2 units in the last place. NaN and infinities give NaN.
 SEAL_FN Vector<double> log_positive(Vector<double> x) {
-  for (int lane = 0; lane < VectorOf<double>::kLanes; ++lane) x[lane] = log_positive(x[lane]);
-  return x;
+  // x = 2^k (1 + f), with 1 + f from √½ to √2.
+  const auto exponent = (bits_of(x) - 0x3fe6a09e667f3bcdu) & 0xfff0000000000000u;
+  const Vector<double> f = from_bits(bits_of(x) - exponent) - 1.0;
+  // k + 1023 in the lowest bits of 2^52 is a double, as k + 1023 is not negative.
+  const Vector<double> k = from_bits((exponent + 0x3ff0000000000000u) >> 52 | 0x4330000000000000u) - 4503599627371519.0;
+  // ln(1 + f) is 2 artanh(r), r = f / (2 + f); its series up to r^19 leaves 2e-17 of it.
+  const Vector<double> r = f / (2.0 + f), square = r * r;
+  Vector<double> series = Vector<double>{} + 2.0 / 19;
+  for (int power = 17; power >= 1; power -= 2) series = series * square + 2.0 / power;
+  return k * 0.6931471805599453 + r * series + (x - x);
 }
 
 template <typename State>
@@ -160,6 +201,34 @@ template <typename Number, typename State>
 SEAL_FN void store_ones(Number* to, State value) { store(*to, value); }
 
 #endif
+
+// As load_vector and store_vector, of less than a vector's numbers, with zeros behind them. AVX-512 neither reads nor
+// writes what a mask leaves out.
+template <typename Number>
+SEAL_FN auto load_part(const Number* from, int64_t count) {
+  constexpr int kLanes = VectorOf<decltype(load(*from))>::kLanes;
+  Number lanes[kLanes] = {};
+#if defined(__AVX512F__)
+  const __m512i bytes = _mm512_maskz_loadu_epi8((uint64_t(1) << count * sizeof(Number)) - 1, from);
+  std::memcpy(lanes, &bytes, sizeof lanes);
+#else
+  for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = from[lane];
+#endif
+  return load_vector(static_cast<const Number*>(lanes));
+}
+
+template <typename Number, typename V>
+SEAL_FN void store_part(Number* to, int64_t count, V value) {
+#if defined(__AVX512F__)
+  __m512i bytes = _mm512_setzero_si512();
+  store_vector(reinterpret_cast<Number*>(&bytes), value);
+  _mm512_mask_storeu_epi8(to, (uint64_t(1) << count * sizeof(Number)) - 1, bytes);
+#else
+  Number lanes[VectorOf<decltype(load(*to))>::kLanes];
+  store_vector(lanes, value);
+  std::memcpy(to, lanes, count * sizeof(Number));
+#endif
+}
 
 // What loops go through at a time, a whole number of vectors and of bytes of packed spikes. Inner loops have always so
 // many passes, each independent of the others; where fewer numbers are left, they go through a padded copy.
@@ -256,16 +325,53 @@ SEAL_FN double sum_of_lanes(Vector<State> value) {
   return sum;
 }
 
+// Adds the lanes of each of N vectors to a sum.
+template <typename State, int N, typename Sums>
+SEAL_FN void add_lanes(const Vector<State> (&parts)[N], Sums& sums) {
+#if defined(__AVX512F__)
+  // Four at once take 15 instructions; one by one, each takes eight.
+  if constexpr (sizeof(State) == 4 && N > 1) {
+    const auto halved = [](__m512 left, __m512 right) {
+      return _mm512_shuffle_f32x4(left, right, 0x88) + _mm512_shuffle_f32x4(left, right, 0xdd);
+    };
+    const auto part = [&](int n) { return (__m512)parts[n < N ? n : N - 1]; };
+    for (int n = 0; n < N; n += 4) {
+      __m512 four = halved(halved(part(n), part(n + 1)), halved(part(n + 2), part(n + 3)));
+      four += _mm512_shuffle_ps(four, four, 0x4e);
+      four += _mm512_shuffle_ps(four, four, 0xb1);
+      float lanes[16];
+      std::memcpy(lanes, &four, sizeof lanes);
+      for (int m = 0; m < 4 && n + m < N; ++m) sums[n + m] += lanes[4 * m];
+    }
+    return;
+  }
+#endif
+  for (int n = 0; n < N; ++n) sums[n] += sum_of_lanes<State>(parts[n]);
+}
+
 template <typename State>
 SEAL_FN State max_of_lanes(Vector<State> value) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(State) == 4) return _mm512_reduce_max_ps((__m512)value);
+  else return _mm512_reduce_max_pd((__m512d)value);
 #endif
   State lanes[VectorOf<State>::kLanes];
   std::memcpy(lanes, &value, sizeof lanes);
   State most = lanes[0];
   for (State lane : lanes) most = lane > most ? lane : most;
   return most;
+}
+
+template <typename State>
+SEAL_FN int64_t min_of_lanes(Indices<State> value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(State) == 4) return _mm512_reduce_min_epi32((__m512i)value);
+  else return _mm512_reduce_min_epi64((__m512i)value);
+#else
+  typename VectorOf<State>::Index lanes[VectorOf<State>::kLanes];
+  std::memcpy(lanes, &value, sizeof lanes);
+  return *std::min_element(lanes, lanes + VectorOf<State>::kLanes);
+#endif
 }
 
 // Which lanes of a vector of zeros and ones hold a one: bit i for lane i.

@@ -77,6 +77,20 @@ def test_a_gap_that_swallows_the_others_is_computed_anew():
     torch.testing.assert_close(got_gradient.double(), gradient, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("flat", ["student", "teacher"])
+def test_many_steps_do_not_leave_the_range_of_doubles(flat):
+    """Logarithms of sums' ratios are taken in products: here of 120 ratios of 1000, or of 1/1000."""
+    T, K = 120, 1000
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher_logits = torch.randn(T, 1, K, generator=generator) * 0.01, torch.zeros(1, K)
+    (teacher_logits if flat == "student" else logits)[..., 7] = 60.0
+    labels = torch.tensor([7])
+    expected, gradient = run(logits.double(), teacher_logits.double(), labels, "torch", objective="kd")
+    got, got_gradient = run(logits, teacher_logits, labels, "cpu", objective="kd")
+    assert got.ela.item() == pytest.approx(expected.ela.item(), rel=1e-6)  # measured 9e-8
+    assert (got_gradient.double() - gradient).abs().max() <= 2e-6 * gradient.abs().max()
+
+
 def test_all_of_the_outputs_are_written(monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
