@@ -83,11 +83,12 @@ def resolve(
         ValueError: The name is unknown, or names a backend that cannot run the call: within torch.func's transforms and
             forward-mode AD that is any but "torch".
     """
-    setting = os.environ.get("SEAL_FAST_BACKEND"), os.environ.get("TRITON_INTERPRET")
+    default = os.environ.get("SEAL_FAST_BACKEND")
     if is_transformed():
-        return _resolve_transformed(backend, operator, setting[0])
+        return _resolve_transformed(backend, operator, default)
+    interpreter = os.environ.get("TRITON_INTERPRET") if "triton" in (backend, default) else None  # else of no matter
     find = _resolve if torch.compiler.is_compiling() else _resolve_once
-    return find(backend, operator, device, dtype, time_steps, *setting, *_DEVICES.values())
+    return find(backend, operator, device, dtype, time_steps, default, interpreter, *_DEVICES.values())
 
 
 def _resolve(backend, operator, device, dtype, time_steps, default, *_settings) -> str:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..launch.cpu import DTYPES, code, run, structure
 from ..lif.reference import state_dtype
+from . import plan
+from .plan import Options
 from .reference import gradient_dtype, require_classes
 
 _Arguments, _Scaled = structure("LossArguments"), structure("ScaleArguments")
@@ -26,27 +28,43 @@ def forward(
     gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss, ce, ela and sta [4] in the state's dtype; and the loss's gradient [T, B, K] in gradient_dtype."""
-    dtype = state_dtype(logits.dtype)
-    parts = torch.empty(4, dtype=dtype, device=logits.device)
-    grad = None
-    if gradient:
-        grad = torch.empty_like(logits, dtype=gradient_dtype(logits.dtype), memory_format=torch.contiguous_format)
-    teacher_logits, labels = teacher_logits.to(dtype).contiguous(), labels.contiguous()
-    arguments = _launch(
-        logits,
-        objective,
-        teacher=teacher_logits.data_ptr(),
-        labels=labels.data_ptr(),
-        wide_labels=labels.dtype == torch.int64,
-        parts=parts.data_ptr(),
-        grad=None if grad is None else grad.data_ptr(),
-        alpha=alpha,
-        beta=beta,
-        temperature=temperature,
-    )
-    if arguments.outside:
-        require_classes(labels, logits.shape[2])
-    return parts, grad
+    options = Options(alpha, beta, temperature, objective, gradient)
+    return Plan(None, logits, teacher_logits, labels, options).forward(logits, teacher_logits, labels)
+
+
+class Plan(plan.Plan):
+    """Calls whose arguments to native code are laid out once."""
+
+    def __init__(self, kernel, logits, teacher_logits, labels, options):
+        super().__init__(kernel, logits, teacher_logits, labels, options)
+        self.shape, self.device, self.state = logits.shape, logits.device, state_dtype(logits.dtype)
+        self.grad_dtype, self.copies = gradient_dtype(logits.dtype), logits.stride(2) != 1
+        self.converts = teacher_logits.dtype is not self.state or not teacher_logits.is_contiguous()
+        self.gathers = not labels.is_contiguous()
+        self.arguments = _layout(logits.contiguous() if self.copies else logits, options.objective)
+        self.arguments.wide_labels = labels.dtype == torch.int64
+        for name in ("alpha", "beta", "temperature"):
+            setattr(self.arguments, name, getattr(options, name))
+
+    def forward(self, logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        logits = logits.contiguous() if self.copies else logits
+        teacher_logits = teacher_logits.to(self.state).contiguous() if self.converts else teacher_logits
+        labels = labels.contiguous() if self.gathers else labels
+        parts, grad = torch.empty(4, dtype=self.state, device=self.device), None
+        arguments = _Arguments.from_buffer_copy(self.arguments)
+        arguments.logits, arguments.teacher = logits.data_ptr(), teacher_logits.data_ptr()
+        arguments.labels, arguments.parts = labels.data_ptr(), parts.data_ptr()
+        if self.options.gradient:
+            grad = torch.empty(self.shape, dtype=self.grad_dtype, device=self.device)
+            arguments.grad = grad.data_ptr()
+        arguments.threads = torch.get_num_threads()
+        run("seal_loss", arguments)
+        if arguments.outside:
+            require_classes(labels, self.shape[2])
+        return parts, grad
+
+    def scaled(self, grad: Tensor, factor: Tensor) -> Tensor:  # noqa: D102
+        return scaled(grad, factor, self.dtype)
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,17 +84,18 @@ def weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     T, B, _ = logits.shape
     dtype = state_dtype(logits.dtype)
     weights, confidence = (torch.empty(size, dtype=dtype, device=logits.device) for size in ((B, T, T), (T, B)))
-    _launch(logits, "seal", weights=weights.data_ptr(), confidence=confidence.data_ptr(), temperature=1.0)
+    logits = logits if logits.stride(2) == 1 else logits.contiguous()
+    arguments = _layout(logits, "seal")
+    arguments.logits, arguments.temperature, arguments.threads = logits.data_ptr(), 1.0, torch.get_num_threads()
+    arguments.weights, arguments.confidence = weights.data_ptr(), confidence.data_ptr()
+    run("seal_loss", arguments)
     return weights, confidence
 
 
-def _launch(logits: Tensor, objective: str, **fields: int | float | None) -> ctypes.Structure:
-    """Start the kernel on the logits and, of LossArguments, the fields that are named; return all of them."""
-    if logits.stride(2) != 1:
-        logits = logits.contiguous()
+def _layout(logits: Tensor, objective: str) -> ctypes.Structure:
+    """Arguments for logits that lie as these do, each row contiguous."""
     (T, B, K), (stride_t, stride_b, _) = logits.shape, logits.stride()
-    arguments = _Arguments(
-        logits=logits.data_ptr(),
+    return _Arguments(
         T=T,
         B=B,
         K=K,
@@ -84,8 +103,4 @@ def _launch(logits: Tensor, objective: str, **fields: int | float | None) -> cty
         stride_b=stride_b,
         dtype=DTYPES[logits.dtype],
         objective=code("Objective", objective),
-        threads=torch.get_num_threads(),
-        **fields,
     )
-    run("seal_loss", arguments)
-    return arguments

@@ -101,7 +101,8 @@ def seal_loss(
     options = Options(float(alpha), float(beta), float(temperature), objective, _needs_gradient(logits))
     if not is_eager(*tensors):
         return LossParts(*_loss(logits, teacher_logits.detach(), labels, *options[:-1], chosen, options.gradient)[:4])
-    plan = Plan(_kernel(chosen), *tensors, options)
+    of_kernel = _kernel(chosen).Plan if chosen == "cpu" else Plan
+    plan = of_kernel(_kernel(chosen), *tensors, options)
     if key is not None and not read:
         _plans[key] = plan
     return _run(plan, *tensors)
