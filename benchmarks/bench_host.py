@@ -131,7 +131,7 @@ def operator_of(name: str, contestant: str):
 
 @pytest.mark.benchmark(timer=measure.replay)
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-def test_step(contest, contestant):
+def test_host_of_a_step(contest, contestant):
     group = f"host, training step of ResNet-18, {CHANNELS} channels, T {T}, 2 x [3, 8, 8]"
     contest(group, contestant, lambda: step_of)
 
@@ -139,7 +139,7 @@ def test_step(contest, contestant):
 @pytest.mark.benchmark(timer=measure.replay)
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("mode", ["forward", "both", "evaluation"])
-def test_layer(contest, mode, contestant):
+def test_host_of_a_layer(contest, mode, contestant):
     run = layer_of(contestant, mode)
     run()
     counts = launches.counted(run)
@@ -158,5 +158,5 @@ def test_layer(contest, mode, contestant):
     ("operator", "contestant"),
     [*itertools.chain(*([(name, each) for each in contestants] for name, contestants in OPERATORS.items()))],
 )
-def test_operator(contest, operator, contestant):
+def test_host_of_an_operator(contest, operator, contestant):
     contest(f"host, {operator}", contestant, lambda: functools.partial(operator_of, operator))

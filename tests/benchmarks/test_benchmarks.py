@@ -39,7 +39,7 @@ def of(table, benchmark, quantity="time"):
 
 def test_every_row_says_where_it_comes_from(tiny):
     _, _, table = tiny
-    assert {row["benchmark"] for row in table} == {"lif", "seal_loss", "scaling", "train", "parts", "checks"}
+    assert {row["benchmark"] for row in table} == {"lif", "seal_loss", "scaling", "train", "parts", "host", "checks"}
     for row in table:
         assert row["machine"]
         assert f"torch {version('torch')}" in row["versions"]
@@ -85,6 +85,19 @@ def test_training_step_is_raced(tiny):
                 assert own.rounds < 10
                 assert found.low >= own.low / reference.high * (1 - 1e-4)
                 assert found.high <= own.high / reference.low * (1 + 1e-4)
+
+
+def test_the_hosts_time_and_what_it_starts_are_measured(tiny):
+    output, _, table = tiny
+    groups = of(table, "host")
+    assert len(groups) == 1 + 3 + 3
+    assert all("seal-fast" in contestants and len(contestants) > 1 for contestants in groups.values())
+    for mode, kernels in {"forward": 1, "both": 2, "evaluation": 1}.items():  # of native code, on the CPU
+        group = f"host, batch norm and neurons, {mode}, [8, 8, 2, 2]"
+        assert of(table, "host", "kernels")[group] == {name: kernels * (name == "seal-fast") for name in groups[group]}
+        operations = of(table, "host", "torch_operations")[group]
+        assert operations["seal-fast"] == 0 < operations["batch norm, ReLU"]
+    assert "kernels 2, torch operations 0" in output
 
 
 def test_parts_of_a_step_are_timed(tiny):
