@@ -61,7 +61,7 @@ class Step:
         """Train on a batch, or on one part of it after the other.
 
         Args:
-            inputs: [B, ...] on the device.
+            inputs: Images [B, ...] or events [T, B, ...] on the device.
             labels: [B].
             weight: The part's share of the batch, times the number of ranks, over which gradients are averaged: so the
                 gradient is that of the mean over the batch, however it is cut.

@@ -138,7 +138,6 @@ def _install_cupy() -> None:
 
     compiled = functools.cache(lambda path, expression: launcher.cached(path, expression, f"sm_{ARCHITECTURE}"))
     launcher.shared_memory = lambda _device: without_gpu.SHARED_MEMORY[ARCHITECTURE]
-    launcher.counters = lambda _device, number: torch.zeros(number, dtype=torch.int32)
     launcher.start = lambda path, expression, *_launch: compiled(path, expression)
 
 

@@ -17,7 +17,7 @@ SEAL_STRUCT(BnLifArguments,
   const void *grad_spikes, *grad_m;             // [T, N]
   void *grad_steps, *grad_total;                // [T, N], [N]
   void *grad_threshold, *grad_inverse_tau;      // [N] in the state's type: the sum over T of each neuron's part
-  void* table;                                  // [4k, C] of k norms, in the state's type; forward reads its scales alone
+  void* table;                                  // [4k, C] of k norms, in the state's type; forward reads its scales
   void *sums, *coefficients;                    // as in BackwardOutputs
   int64_t T, N, C, channel_stride;
   int64_t y_stride, residual_stride, m_stride;  // along T, in elements; 0 repeats one row; grad_m's is m's

@@ -138,8 +138,6 @@ class Plan(plan.Plan):
             for name, tensor in zip(_OF_NORM, tensors, strict=True):
                 if tensor is not None:
                     setattr(norm, name, tensor.data_ptr())
-        if not norms:
-            arguments.fills_table = False
         self._run("seal_bn_lif_forward", arguments, options)
         return spikes, m, packed
 

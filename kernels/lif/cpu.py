@@ -26,6 +26,7 @@ def forward(
     pack: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Spikes [T, ...] in x's dtype and layout; if asked for, the last potential [...] and packed spikes."""
+    x = as_rows(x)
     return Plan(None, x, options, keep_v, pack).forward(x, v_init, options)
 
 
@@ -39,6 +40,7 @@ def backward(
     parameters: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of x [T, ...] and v_init [...]; with `parameters`, each neuron's part [...] in those of θ and 1/τ."""
+    x = as_rows(x)
     plan = Plan(None, x, options, keep_v=False, pack=False)
     plan.parameters = parameters
     return plan.backward(grad_spikes, grad_v_last, x, v_init, options)

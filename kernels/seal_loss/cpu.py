@@ -29,6 +29,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Loss, ce, ela and sta [4] in the state's dtype; and the loss's gradient [T, B, K] in gradient_dtype."""
     options = Options(alpha, beta, temperature, objective, gradient)
+    logits = logits if logits.stride(2) == 1 else logits.contiguous()
     return Plan(None, logits, teacher_logits, labels, options).forward(logits, teacher_logits, labels)
 
 
@@ -62,9 +63,6 @@ class Plan(plan.Plan):
         if arguments.outside:
             require_classes(labels, self.shape[2])
         return parts, grad
-
-    def scaled(self, grad: Tensor, factor: Tensor) -> Tensor:  # noqa: D102
-        return scaled(grad, factor, self.dtype)
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

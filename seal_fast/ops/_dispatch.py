@@ -29,7 +29,7 @@ def is_eager(*tensors: Tensor | None) -> bool:
 class Plans(dict):
     """What was found out about a call, by all that it depends on: repeated calls need no second look.
 
-    It holds no tensor, and begins anew where ever new kinds of calls would fill it.
+    It holds no tensor of a call, and begins anew where more and more kinds of calls would fill it.
     """
 
     MOST = 1024
@@ -65,17 +65,21 @@ def needs_graph(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-# What a key of a call raises that the operator's checks have a sentence for.
-NO_KEY = (AttributeError, RuntimeError, TypeError, ValueError)
+# What making a call's key may raise where an argument is wrong: the operator's checks then say so in a sentence.
+NO_KEY = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def once(operator: str, run: Callable[[], list[Tensor | None]], *inputs: Tensor | None) -> list[Tensor | None]:
-    """The gradients that `run` gives; where a graph of them is asked for, it refuses to be differentiated."""
+    """The gradients that `run` gives; where a graph of them is asked for, it refuses to be differentiated.
+
+    They may depend on more than `inputs`, so that the graph has a leaf of its own: nothing ends in silence.
+    """
     if not torch.is_grad_enabled():
         return run()
     with torch.no_grad():
         grads = run()
-    return [None if grad is None else _Once.apply(operator, grad, *inputs) for grad in grads]
+    others = torch.zeros((), device="cpu", requires_grad=True)
+    return [None if grad is None else _Once.apply(operator, grad, others, *inputs) for grad in grads]
 
 
 class _Once(torch.autograd.Function):

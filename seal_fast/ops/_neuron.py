@@ -28,7 +28,7 @@ def key_of(lif, learned: tuple[float | Tensor, float | Tensor]) -> tuple:
     """All that a plan depends on, of a neuron's options that are no tensors; True equals 1, but is another option."""
     surrogate, numbers = lif.surrogate, [None if isinstance(value, Tensor) else value for value in learned]
     values = *numbers, lif.v_reset, lif.decay_input, lif.detach_reset
-    return surrogate.name, surrogate.alpha, *values, *map(type, values)
+    return surrogate.name, surrogate.alpha, *values, *map(type, (surrogate, *values))
 
 
 def numbers_of(options: dict, backend: str) -> tuple[tuple, tuple[Tensor | None, Tensor | None]]:

@@ -70,7 +70,7 @@ def norm_of(bn: nn.Module, y: Tensor, repeats: int, group: ProcessGroup | None) 
 
 
 def fits_kernels(bn: nn.Module, y: Tensor, norm: Norm) -> bool:
-    """Whether kernels can take the norm's tensors where they lie, and its momentum, which is None for a mean of all.
+    """Whether kernels can take the norm's tensors where they lie, and its numbers: momentum is None for a mean of all.
 
     Kernels take addresses and check nothing: what does not fit goes to torch's operations, which raise if it is wrong.
     """
@@ -83,7 +83,8 @@ def fits_kernels(bn: nn.Module, y: Tensor, norm: Norm) -> bool:
         return is_plain(tensor) and found == (dtype, y.device, size) and tensor.is_contiguous()
 
     return (
-        norm.momentum is not None
+        type(norm.momentum) in (int, float)
+        and type(norm.eps) in (int, float)
         and norm.num_batches_tracked is tensors_of(bn)[-1]
         and fits(norm.num_batches_tracked, torch.int64, 1)
         and all(fits(tensor, state, C) for tensor in norm[:4])

@@ -61,11 +61,11 @@ def bn_lif(
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value, or the backend of `lif` cannot run.
     """
-    kind = time_steps, static, return_membrane_input, _packed.wanted()
+    kind = time_steps, bool(static), bool(return_membrane_input), _packed.wanted()
     key = None
     if not torch.compiler.is_compiling():
         try:
-            learned = lif.tau, lif.v_threshold  # once, as a property may compute them
+            learned = lif.tau, lif.v_threshold  # once in repeated calls, as a property may compute them
             tensors = [y, residual, *map(_neuron.tensor, learned), *tensors_of(bn)]
             of_norms = key_of_norm(bn)
             if residual_bn is not None:
@@ -215,7 +215,7 @@ class _Fused(torch.autograd.Function):
             grads[2:4] = _neuron.parameter_gradients(*grads[2:4], tau, threshold)
             return grads
 
-        return None, None, None, *once("bn_lif", run, grad_spikes, grad_m, y, residual)
+        return None, None, None, *once("bn_lif", run, grad_spikes, grad_m, y, residual, tau, threshold)
 
 
 _kernel = functools.partial(kernel_module, "bn_lif")

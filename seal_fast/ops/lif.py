@@ -63,7 +63,7 @@ def lif(
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value, or the named backend cannot run.
     """
-    wanted = return_v_last, return_packed, _packed.wanted()
+    wanted = bool(return_v_last), bool(return_packed), _packed.wanted()
     key = None
     if not torch.compiler.is_compiling():
         try:
@@ -107,7 +107,7 @@ _plans = Plans()
 
 def _key(tensors, tau, threshold, surrogate, neuron, wanted, backend) -> tuple:
     chosen = resolve(backend, "lif", tensors[0].device)
-    kind = surrogate if type(surrogate) is str else (surrogate.name, surrogate.alpha)
+    kind = surrogate if type(surrogate) is str else (type(surrogate), surrogate.name, surrogate.alpha)
     values = *neuron, *(None if isinstance(value, Tensor) else value for value in (tau, threshold))
     return chosen, kind, wanted, values, *map(type, values), key_of(tensors)
 
@@ -245,7 +245,7 @@ class _Eager(torch.autograd.Function):
             grads = ctx.plan.backward(_or_zeros(grad_spikes, x), grad_v_last, x, v_init, options)
             return _of_inputs(grads, v_init, tau, threshold)
 
-        return None, *once("lif", run, grad_spikes, grad_v_last, x, v_init)
+        return None, *once("lif", run, grad_spikes, grad_v_last, x, v_init, tau, threshold)
 
 
 class _Carried(torch.autograd.Function):

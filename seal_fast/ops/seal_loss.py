@@ -12,7 +12,7 @@ from ..kernels.lif.reference import state_dtype
 from ..kernels.seal_loss import reference
 from ..kernels.seal_loss.plan import Options, Plan
 from ._arguments import not_dense, require_device, require_float_tensor, require_number, shape
-from ._dispatch import NO_KEY, Plans, is_eager, kernel_module, key_of, once, refuse_batched
+from ._dispatch import NO_KEY, Plans, is_eager, kernel_module, key_of, needs_graph, once, refuse_batched
 
 OBJECTIVES = ("seal", "kd", "tdkd")
 
@@ -68,7 +68,7 @@ def seal_loss(
         try:
             numbers = alpha, beta, temperature, objective
             chosen = resolve(backend, "seal_loss", logits.device, logits.dtype, logits.shape[0])
-            key = chosen, _needs_gradient(logits), numbers, *map(type, numbers), key_of(tensors)
+            key = chosen, needs_graph(logits), numbers, *map(type, numbers), key_of(tensors)
             plan = _plans.get(key)
         except NO_KEY:
             plan = None
@@ -98,7 +98,7 @@ def seal_loss(
             logits, teacher_logits, labels, alpha=alpha, beta=beta, temperature=temperature, objective=objective
         )
         return LossParts(*parts)
-    options = Options(float(alpha), float(beta), float(temperature), objective, _needs_gradient(logits))
+    options = Options(float(alpha), float(beta), float(temperature), objective, needs_graph(logits))
     if not is_eager(*tensors):
         return LossParts(*_loss(logits, teacher_logits.detach(), labels, *options[:-1], chosen, options.gradient)[:4])
     of_kernel = _kernel(chosen).Plan if chosen == "cpu" else Plan
@@ -109,10 +109,6 @@ def seal_loss(
 
 
 _plans = Plans()
-
-
-def _needs_gradient(logits: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and logits.requires_grad
 
 
 def _run(plan: Plan, logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor) -> LossParts:
@@ -226,17 +222,17 @@ def _(logits, backend):
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], output[4])
-    ctx.arguments = inputs[3:]
+    ctx.save_for_backward(output[4])
+    ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_loss, *_):
-    logits, *_, grad = ctx.saved_tensors
     if grad_loss is None:
         return (None,) * 9
-    return (grad * grad_loss).to(logits.dtype), *[None] * 8
+    (grad,) = ctx.saved_tensors
+    return (grad * grad_loss).to(ctx.dtype), *[None] * 8
 
 
 _loss.register_autograd(_backward, setup_context=_save)
@@ -256,12 +252,12 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         refuse_batched("seal_loss", grad_loss)
-        logits, *others = ctx.saved_tensors
 
         def run():
             grad, ctx.grad = ctx.grad, None
-            if grad is None:  # the graph was retained for another pass
-                _, grad = ctx.plan.forward(logits, *others)
+            if grad is None:  # the graph was retained for another pass: only then what was given must be unchanged
+                _, grad = ctx.plan.forward(*ctx.saved_tensors)
             return [ctx.plan.scaled(grad, grad_loss)]
 
-        return None, *once("seal_loss", run, logits), None
+        inputs = ctx.saved_tensors[:1] if torch.is_grad_enabled() else ()
+        return None, *once("seal_loss", run, *inputs), None

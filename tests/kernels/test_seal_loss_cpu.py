@@ -128,6 +128,21 @@ def test_gradient_is_scaled_by_what_comes_in_and_may_be_asked_for_twice():
     assert torch.equal(again, kept)
 
 
+def test_what_was_given_may_change_before_the_only_backward_pass():
+    """The gradient is there already; a second pass computes it anew, and says that it cannot."""
+    logits, teacher_logits, labels = inputs(2, 3, 4)
+    leaf = logits.requires_grad_()
+    expected, got = (
+        seal_loss(leaf, teacher_logits, labels, alpha=0.6, beta=0.15, backend="cpu").loss for _ in range(2)
+    )
+    (right,) = torch.autograd.grad(expected, leaf)
+    labels.add_(1)
+    (gradient,) = torch.autograd.grad(got, leaf, retain_graph=True)
+    assert torch.equal(gradient, right)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(got, leaf)
+
+
 def test_second_derivative_is_refused_in_a_sentence():
     logits, teacher_logits, labels = inputs(2, 3, 4)
     leaf = logits.requires_grad_()

@@ -123,6 +123,7 @@ LOGITS = [
     ({"logits": X[:, 0].long()}, TypeError, r"logits must be float16, .*; got torch.int64"),
     ({"logits": X}, ValueError, r"logits must be \[T, B, K\] .*; got \[4, 2, 3, 5\]"),
     ({"logits": X[:, 0].to_sparse()}, TypeError, r"logits must be a dense tensor, as .*; got torch\.sparse_coo"),
+    ({"logits": X[0, 0, 0, 0]}, ValueError, r"logits must be \[T, B, K\] .*; got \[\]"),
     ({"logits": X[0, 0]}, ValueError, r"logits must be \[T, B, K\] .*; got \[3, 5\]"),
     ({"logits": X[:0, 0]}, ValueError, r"logits must be \[T, B, K\] with T and B at least 1 .*; got \[0, 3, 5\]"),
     ({"logits": X[:, 0, :0]}, ValueError, r"logits must be .*; got \[4, 0, 5\]"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from seal_fast import bn_lif
+from seal_fast import bn_lif, lif
 from seal_fast.backends import available
 from seal_fast.nn import LIFNode
 
@@ -148,6 +148,25 @@ def test_second_derivatives_are_refused_in_a_sentence():
     (grad,) = torch.autograd.grad(spikes.square().sum(), y, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiated twice only with backend='torch'"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("operator", ["lif", "bn_lif"])
+def test_second_derivatives_of_parameters_are_refused_where_the_input_has_none(operator):
+    """Else a penalty on such a gradient would add nothing in silence."""
+    tau, bn = torch.tensor(2.0, requires_grad=True), nn.BatchNorm1d(C)
+    if operator == "lif":
+        spikes = lif(torch.randn(T, B, C), tau=tau, backend="cpu")[0]
+        leaves = [tau]
+    else:
+        node = LIFNode(backend="cpu")
+        node.tau = tau
+        spikes = bn_lif(torch.randn(T * B, C, 5), bn, node, time_steps=T)
+        leaves = [tau, bn.weight, bn.bias]
+    for grad in torch.autograd.grad(spikes.square().sum(), leaves, create_graph=True):
+        with pytest.raises(NotImplementedError, match=f"^{operator} can be differentiated twice only with"):
+            torch.autograd.grad(grad.sum(), tau)
+        with pytest.raises(NotImplementedError, match="twice only"):
+            grad.sum().backward()
 
 
 def test_only_wanted_gradients_are_made():

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import types
 import weakref
 from copy import deepcopy
 
@@ -36,6 +37,7 @@ CHANGES_OF_NORM = {
     "eps": lambda bn: setattr(bn, "eps", 0.5),
     "momentum": lambda bn: setattr(bn, "momentum", 0.9),
     "momentum of a mean of all": lambda bn: setattr(bn, "momentum", None),
+    "momentum in a tensor": lambda bn: setattr(bn, "momentum", torch.tensor(0.3, dtype=torch.float64)),
     "evaluation": lambda bn: bn.eval(),
     "no tracking": lambda bn: setattr(bn, "track_running_stats", False),
     "no running statistics": without_statistics,
@@ -151,6 +153,9 @@ def test_what_is_refused_is_refused_after_calls_as_well(layer):
         lif(x, tau=True)
     with pytest.raises(TypeError, match="detach_reset must be True or False"):
         lif(x, tau=1.0, detach_reset=0)
+    lif(x, surrogate=Surrogate("atan", 2.0))
+    with pytest.raises(TypeError, match="surrogate must be a name, a Surrogate"):
+        lif(x, surrogate=types.SimpleNamespace(name="atan", alpha=2.0))
 
 
 def test_the_environment_is_asked_at_each_call(layer, monkeypatch):
@@ -158,6 +163,16 @@ def test_the_environment_is_asked_at_each_call(layer, monkeypatch):
     assert "Fused" in type(bn_lif(y, bn, node, time_steps=T).grad_fn).__name__
     monkeypatch.setenv("SEAL_FAST_BACKEND", "torch")
     assert "Fused" not in type(bn_lif(y, bn, node, time_steps=T).grad_fn).__name__
+
+
+def test_a_momentum_in_a_tensor_is_read_at_each_call(layer):
+    y, bn, node = layer
+    bn.momentum = torch.tensor(0.5, dtype=torch.float64)
+    for momentum in (0.5, 1.0):
+        bn.momentum.fill_(momentum)
+        before = bn.running_mean.clone()
+        bn_lif(y, bn, node, time_steps=T)
+        torch.testing.assert_close(bn.running_mean, before.lerp(y.detach().mean((0, 2, 3)), momentum))
 
 
 def test_packed_spikes_and_modes_of_autograd_are_seen(layer):
