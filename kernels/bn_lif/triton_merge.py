@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch.triton import divide, is_last, number
+from ..launch.triton import divide, is_last, number, square_root
 from .triton_tiles import Tiling
 
 # Bytes of each kind of partial result that a program reads at once. Of 64 channels in float32, runs have 32 rows of
@@ -152,11 +152,7 @@ def merge_sums(
 @triton.jit
 def scale_and_shift(mean, variance, weight, bias, eps):
     """Inverse standard deviation, scale and shift of a norm; weight and bias may be None."""
-    spread = variance + eps
-    if spread.dtype == tl.float64:  # noqa: SIM108  Triton 3.2 compiles both sides of a conditional expression
-        root = tl.sqrt(spread)
-    else:
-        root = tl.sqrt_rn(spread)
+    root = square_root(variance + eps)
     inverse_std = divide(tl.full(root.shape, 1.0, root.dtype), root)
     scale = inverse_std
     if weight is not None:

@@ -152,6 +152,18 @@ def divide(a, b):
 
 
 @triton.jit
+def square_root(a):
+    """The root rounded to nearest, as IEEE has it; Triton's sqrt_rn takes subnormal numbers for 0 in 3.2 at least."""
+    if a.dtype == tl.float64:
+        root = tl.sqrt(a)
+    elif _IN_PTX:
+        root = tl.inline_asm_elementwise("sqrt.rn.f32 $0, $1;", "=f,f", [a], tl.float32, is_pure=True, pack=1)
+    else:
+        root = tl.sqrt_rn(a)
+    return root
+
+
+@triton.jit
 def exp_negative(magnitude, rate):
     """e^(-rate·magnitude), both at least 0, with a error of about 2^-22 + 6e-8·rate·magnitude of it: for gradients."""
     if _IN_PTX and magnitude.dtype == tl.float32:  # two instructions; 0 takes the place of less than 2^-126

@@ -26,7 +26,7 @@ _kernel = functools.partial(kernel_module, "bn_lif")
 def bn_lif(y, residual, learned, numbers, given, kind):
     """The operator in a graph of torch.compile or torch.export, and on tensors whose elements may be elsewhere."""
     table, counts = table_of(given, None, functools.partial(_statistics, backend=numbers[-1]))
-    parameters = *(parameter for *_, norm in given for parameter in norm.tensors[:2]), None, None
+    parameters = *(parameter for *_, norm in given for parameter in (norm.weight, norm.bias)), None, None
     call = _Call(y, residual, *learned, *parameters[:4], table, *(*counts, 0)[:2], numbers, *kind)
     spikes, m, packed = _bn_lif(*call.flat())
     if call.pack:

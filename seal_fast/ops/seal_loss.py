@@ -98,11 +98,11 @@ def seal_loss(
             logits, teacher_logits, labels, alpha=alpha, beta=beta, temperature=temperature, objective=objective
         )
         return LossParts(*parts)
-    options = Options(float(alpha), float(beta), float(temperature), objective, needs_graph(logits))
+    numbers, gradient = (float(alpha), float(beta), float(temperature), objective), needs_graph(logits)
     if not is_eager(*tensors):
-        return LossParts(*_loss(logits, teacher_logits.detach(), labels, *options[:-1], chosen, options.gradient)[:4])
+        return LossParts(*_loss(logits, teacher_logits.detach(), labels, *numbers, chosen, gradient)[:4])
     of_kernel = _kernel(chosen).Plan if chosen == "cpu" else Plan
-    plan = of_kernel(_kernel(chosen), *tensors, options)
+    plan = of_kernel(_kernel(chosen), *tensors, Options(*numbers, gradient))
     if key is not None and not read:
         _plans[key] = plan
     return _run(plan, *tensors)
