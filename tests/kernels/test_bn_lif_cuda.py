@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import bn_lif_kernels
 import cuda_host
 from bn_lif_kernels import (
     LAYOUTS,
@@ -36,6 +35,7 @@ from cuda_host_bn_lif import (
     SETUPS,
     Setup,
     from_fixed_statistics,
+    installed,
 )
 from cuda_host_lif import guarded, poisoned
 from seal_fast.kernels.bn_lif import cupy as room
@@ -51,18 +51,18 @@ STATISTICS += [((4, 200, 3, 3), LAST, BF16)]  # a block has more channels than t
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    """All that are needed here, compiled at once; whatever is made for them lies in the midst of NaN."""
-    with pytest.MonkeyPatch.context() as patch:
-        cuda_host.install(patch, room)
-        patch.setattr(bn_lif_kernels, "normal", lambda *arguments: guarded(normal(*arguments)))
-        with cuda_host.planning():
-            for setup in SETUPS.values():
-                setup.launch()
-            for shape, layout, dtype in STATISTICS:
-                y = normal(shape, dtype, 1, layout)
-                room.statistics(y)
-                for other in (y, None):
-                    room.normalised_gradient(y, other, per_channel(shape[1], 3, dtype, 1), in_place=True)
+    """All that are needed here, compiled at once."""
+
+    def launch_all():
+        for setup in SETUPS.values():
+            setup.launch()
+        for shape, layout, dtype in STATISTICS:
+            y = normal(shape, dtype, 1, layout)
+            room.statistics(y)
+            for other in (y, None):
+                room.normalised_gradient(y, other, per_channel(shape[1], 3, dtype, 1), in_place=True)
+
+    with installed(launch_all):
         yield
 
 

@@ -6,11 +6,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-import bn_lif_kernels
 import cuda_host
 from bn_lif_kernels import KINDS, PUBLISHED, compare_statistics, compare_table, normal, per_channel, table_of
-from cuda_host_bn_lif import BF16, EVEN, F32, F64, FIRST, LAST, NEURONS, PAIRS, SETUPS, Setup, from_fixed_statistics
-from cuda_host_lif import guarded, poisoned
+from cuda_host_bn_lif import (
+    BF16,
+    EVEN,
+    F32,
+    F64,
+    FIRST,
+    LAST,
+    NEURONS,
+    PAIRS,
+    SETUPS,
+    Setup,
+    from_fixed_statistics,
+    installed,
+)
+from cuda_host_lif import poisoned
 from seal_fast.kernels.bn_lif import cupy as room
 from seal_fast.kernels.bn_lif import norms
 from seal_fast.kernels.bn_lif.norms import Norm
@@ -39,16 +51,16 @@ FIXED = {
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    """All that are needed here, compiled at once; whatever is made for them lies in the midst of NaN."""
-    with pytest.MonkeyPatch.context() as patch:
-        cuda_host.install(patch, room)
-        patch.setattr(bn_lif_kernels, "normal", lambda *arguments: guarded(normal(*arguments)))
-        with cuda_host.planning():
-            for setup in MERGED.values():
-                setup.launch()
-                room.statistics(setup.given()[0])
-            for setup in FIXED.values():
-                from_fixed_statistics(setup, affine=True)
+    """All that are needed here, compiled at once."""
+
+    def launch_all():
+        for setup in MERGED.values():
+            setup.launch()
+            room.statistics(setup.given()[0])
+        for setup in FIXED.values():
+            from_fixed_statistics(setup, affine=True)
+
+    with installed(launch_all):
         yield
 
 

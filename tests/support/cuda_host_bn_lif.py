@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 
+import bn_lif_kernels
+import cuda_host
 from bn_lif_kernels import (
     CASES,
     LAYOUTS,
     PUBLISHED,
     compare_backward,
     compare_forward,
+    normal,
     per_channel,
     table_of,
     tensors_of,
@@ -24,6 +30,17 @@ from seal_fast.kernels.surrogate.reference import Surrogate
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 EVEN, ODD, PAIRS, LONG = (2, 64, 4, 4), (5, 48, 3, 3), (3, 130, 2, 2), (8, 2, 20, 20)
+
+
+@contextlib.contextmanager
+def installed(launch_all: Callable[[], None]):
+    """The kernels run on the CPU, all that `launch_all` starts compiled at once; tensors lie in the midst of NaN."""
+    with pytest.MonkeyPatch.context() as patch:
+        cuda_host.install(patch, room)
+        patch.setattr(bn_lif_kernels, "normal", lambda *arguments: guarded(normal(*arguments)))
+        with cuda_host.planning():
+            launch_all()
+        yield
 
 
 @dataclass(frozen=True)
