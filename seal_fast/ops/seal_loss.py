@@ -88,9 +88,8 @@ def seal_loss(
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}.")
     chosen = resolve(backend, "seal_loss", logits.device, logits.dtype, T)
-    read = (
-        labels.device.type == "cpu" and chosen != "cpu" and _readable(labels)
-    )  # the CPU's kernel looks at them itself
+    # The CPU's kernel looks at the labels itself.
+    read = labels.device.type == "cpu" and chosen != "cpu" and _readable(labels)
     if read:
         reference.require_classes(labels, K)
     if chosen == "torch":
