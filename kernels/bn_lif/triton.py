@@ -1,7 +1,6 @@
 """Triton kernels of batch norm + residual + LIF: the backward pass, and where to find the others.
 
-Layouts are those of tensors.py, the neuron that of lif/triton.py. Backward makes m and h again, keeps h in registers
-for a chunk of steps, and runs back; between chunks the potential goes through memory. It takes tiles by channel, see
+Layouts are those of tensors.py, the loop over time that of neuron/triton_steps.py. Backward takes tiles by channel, see
 triton_tiles.py: with dm_t = ∂L/∂m_t, each thread adds Σ dm, Σ dm (y - mean) and Σ dm (residual - mean) up over time
 and over its tiles. The sums of all threads of a program, and then those of all programs, are added in a fixed order,
 and the last program of its channels makes what follows from them; see triton_merge.py.
@@ -16,11 +15,11 @@ from ..launch.counters import counters
 from ..launch.triton import ACCESS, number, size
 from ..neuron.options import Options
 from ..neuron.triton import constants_of
+from ..neuron.triton_steps import BY_VALUE, chunk_of, launch, run_backward
 from .tensors import BackwardOutputs, alike, backward_outputs, inputs
-from .triton_forward import forward
+from .triton_forward import forward, of_inputs
 from .triton_merge import merge_sums, merging, write_gradients
 from .triton_statistics import SIZES, fill_table, normalised_gradient, statistics
-from .triton_steps import BY_VALUE, chunk_of, launch, steps_backward, steps_forward
 from .triton_tiles import enter, next_tile, tile_at, tiling
 
 __all__ = ["backward", "fill_table", "forward", "normalised_gradient", "statistics"]
@@ -43,7 +42,7 @@ STAGES = 3
 PROGRAMS = {"few": 2, "many": 12}
 
 
-@triton.jit(do_not_specialize=[*BY_VALUE, "alpha", "count", "residual_count", *SIZES])
+@triton.jit(do_not_specialize=[*BY_VALUE, "residual_stride", "alpha", "count", "residual_count", *SIZES])
 def _backward(
     y,  # this and what follows as in _forward
     residual,
@@ -70,7 +69,7 @@ def _backward(
     count,  # of the norm of y, as Norm has it, and of that of the residual
     residual_count,
     N,
-    y_stride,
+    x_stride,
     residual_stride,
     chunks,
     C,  # this and what follows as in Tiling.sizes
@@ -96,7 +95,7 @@ def _backward(
     STAGES: tl.constexpr,  # of the pipeline
     RUN: tl.constexpr,  # as in merge_sums
 ):
-    N, y_stride, residual_stride = size(N, ALIGNED), size(y_stride, ALIGNED), size(residual_stride, ALIGNED)
+    N, x_stride, residual_stride = size(N, ALIGNED), size(x_stride, ALIGNED), size(residual_stride, ALIGNED)
     C, inner = size(C, ALIGNED if LAST else 1), size(inner, 1 if LAST else ALIGNED)
     split, c, position, offset, inside, tiles = enter(C, inner, positions, turns, blocks, LAST, ROWS, COLS)
     exists = c < C
@@ -107,7 +106,7 @@ def _backward(
         threshold = tl.load(constants + 3 * C + c, exists, other=1.0)
     else:
         tau, inverse_tau, decay, threshold = constants_of(
-            constants, tau, inverse_tau, decay, threshold, split, size(1, 1), inner, STATE, False, 1
+            constants, tau, inverse_tau, decay, threshold, split, C, inner, STATE, False, 1
         )
     scale = tl.load(table + c, exists, other=0.0)
     shift = tl.load(table + C + c, exists, other=0.0)
@@ -123,41 +122,12 @@ def _backward(
     sum_y = sum_m
     for _ in tl.range(tiles, num_stages=STAGES):
         n, mask = tile_at(position, offset, inside, c, C, inner, positions, LAST, ROWS, COLS, ALIGNED)
-        zero = tl.zeros([ROWS, COLS], STATE)
-        v = tl.full([ROWS, COLS], reset, STATE)
-        dv, total, total_y, total_residual, total_threshold, total_inverse_tau = zero, zero, zero, zero, zero, zero
-        if LONG:
-            # Forwards through all chunks but the last, then back through all chunks but the first.
-            later = steps_forward(
-                steps_forward, STEPS, 0, v, y, residual, None, None, None, n, None, mask, y_stride, residual_stride, N,
-                scale, shift, residual_scale, residual_shift, tau, inverse_tau, decay, threshold, reset,
-                CHARGE, SOFT, ONCE,
-            )  # fmt: skip
-            tl.store(checkpoints + n, later, mask)
-            for i in range(chunks - 1):
-                chunk = tl.cast(i, tl.int64)
-                later = steps_forward(
-                    steps_forward, CHUNK, STEPS + chunk * CHUNK, later, y, residual, None, None, None, n, None, mask,
-                    y_stride, residual_stride, N, scale, shift, residual_scale, residual_shift,
-                    tau, inverse_tau, decay, threshold, reset, CHARGE, SOFT, ONCE,
-                )  # fmt: skip
-                tl.store(checkpoints + (chunk + 1) * N + n, later, mask)
-            tl.debug_barrier()  # Triton may have a thread read what another one wrote
-            for i in range(chunks):
-                chunk = tl.cast(chunks - 1 - i, tl.int64)
-                later = tl.load(checkpoints + chunk * N + n, mask, other=0.0)
-                dv, total, total_y, total_residual, total_threshold, total_inverse_tau = steps_backward(
-                    steps_backward, CHUNK, STEPS + chunk * CHUNK, later,
-                    dv, total, total_y, total_residual, total_threshold, total_inverse_tau,
-                    y, residual, grad_spikes, grad_m, grad_steps, n, mask, y_stride, residual_stride, N,
-                    scale, shift, residual_scale, residual_shift, mean, residual_mean,
-                    tau, inverse_tau, decay, threshold, reset, alpha, CHARGE, SOFT, ONCE, DETACH, SURROGATE, PARAMETERS,
-                )  # fmt: skip
-        dv, total, total_y, total_residual, total_threshold, total_inverse_tau = steps_backward(
-            steps_backward, STEPS, 0, v, dv, total, total_y, total_residual, total_threshold, total_inverse_tau,
-            y, residual, grad_spikes, grad_m, grad_steps, n, mask, y_stride, residual_stride, N,
+        _, total, total_y, total_residual, total_threshold, total_inverse_tau = run_backward(
+            tl.full([ROWS, COLS], reset, STATE), tl.zeros([ROWS, COLS], STATE), y, residual, grad_spikes, grad_m,
+            grad_steps, checkpoints, n, mask, x_stride, residual_stride, N, N,
             scale, shift, residual_scale, residual_shift, mean, residual_mean,
-            tau, inverse_tau, decay, threshold, reset, alpha, CHARGE, SOFT, ONCE, DETACH, SURROGATE, PARAMETERS,
+            tau, inverse_tau, decay, threshold, reset, alpha,
+            chunks, STEPS, CHUNK, LONG, CHARGE, SOFT, ONCE, DETACH, SURROGATE, PARAMETERS,
         )  # fmt: skip
         if grad_total is not None:
             tl.store(grad_total + n, total.to(grad_total.dtype.element_ty), mask)
@@ -229,12 +199,12 @@ def backward(
         _backward,
         tiles.programs,
         (*given[:2], table, grad_spikes, grad_m, *out, partials, counters(y.device, merge.counters), checkpoints),
-        given,
         options,
+        **of_inputs(given),
         chunk=chunk,
-        numbers=(options.surrogate.alpha, counts[0], counts[-1]),
-        sizes=tiles.sizes,
         threads=THREADS,
+        sizes=tiles.sizes,
+        numbers=(options.surrogate.alpha, counts[0], counts[-1]),
         NORMALISED=count == 3,
         DETACH=options.detach_reset,
         SURROGATE=options.surrogate.name,

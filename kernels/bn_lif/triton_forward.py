@@ -12,13 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch.triton import ACCESS, number, size
+from ..lif.reference import state_dtype
 from ..neuron.options import Options
 from ..neuron.triton import constants_of
+from ..neuron.triton_steps import BY_VALUE, chunk_of, launch, run_forward
 from .norms import Norm
-from .tensors import forward_outputs, inputs
+from .tensors import Inputs, forward_outputs, inputs
 from .triton_merge import scale_and_shift
-from .triton_steps import BY_VALUE, THREADS, chunk_of, launch, steps_forward
 
+THREADS = 128  # of a program
 KEPT = 288  # bytes of inputs that a thread keeps in registers, at most; with 320 the kernel takes 193 registers
 
 
@@ -57,9 +59,9 @@ def _by_channel(values, LAST: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.co
     return values
 
 
-@triton.jit(do_not_specialize=[*BY_VALUE, "eps", "residual_eps", "C", "channel_stride"])
+@triton.jit(do_not_specialize=[*BY_VALUE, "residual_stride", "eps", "residual_eps", "C", "channel_stride"])
 def _forward(
-    y,  # [T, N], rows y_stride apart: 0 where one row stands for all
+    y,  # [T, N], rows x_stride apart: 0 where one row stands for all
     residual,  # [T, N], rows residual_stride apart; or None
     scales,  # [2, C] or [4, C] in the state's dtype: scale, shift, residual_scale, residual_shift; None: as follows
     weight,  # [C], this and what follows as in Norm, or None
@@ -82,14 +84,14 @@ def _forward(
     eps,
     residual_eps,
     N,
-    y_stride,
+    x_stride,
     residual_stride,
-    chunks,  # after the first chunk
+    chunks,  # this and the next three as in run_forward
     C,
     channel_stride,
-    STEPS: tl.constexpr,  # of the first chunk
-    CHUNK: tl.constexpr,  # steps of the others
-    LONG: tl.constexpr,  # whether there are more chunks
+    STEPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LONG: tl.constexpr,
     STATE: tl.constexpr,  # dtype of the potential
     CHARGE: tl.constexpr,
     SOFT: tl.constexpr,
@@ -101,16 +103,15 @@ def _forward(
     ALIGNED: tl.constexpr,  # divides N
     BLOCK: tl.constexpr,
 ):
-    N, y_stride, residual_stride = size(N, ALIGNED), size(y_stride, ALIGNED), size(residual_stride, ALIGNED)
+    N, x_stride, residual_stride = size(N, ALIGNED), size(x_stride, ALIGNED), size(residual_stride, ALIGNED)
     C, channel_stride = size(C, TOGETHER if LAST else 1), size(channel_stride, 1 if LAST else TOGETHER)
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     n = begin + tl.arange(0, BLOCK)
     mask = n < N
     reset = number(reset, STATE)
     tau, inverse_tau, decay, threshold = constants_of(
-        constants, tau, inverse_tau, decay, threshold, begin,
-        C if PER_CHANNEL else size(1, 1), channel_stride, STATE, PER_CHANNEL, BLOCK,
-    )  # fmt: skip
+        constants, tau, inverse_tau, decay, threshold, begin, C, channel_stride, STATE, PER_CHANNEL, BLOCK
+    )
     channel = _channel(begin, C, channel_stride, LAST, TOGETHER, BLOCK)
     residual_scale, residual_shift = None, None
     if scales is None:
@@ -129,19 +130,24 @@ def _forward(
         residual_scale = _by_channel(residual_scale, LAST, TOGETHER, BLOCK)
         residual_shift = _by_channel(residual_shift, LAST, TOGETHER, BLOCK)
     bits = begin // 8 + tl.arange(0, BLOCK // 8)
-    v = tl.full([BLOCK], reset, STATE)
-    v = steps_forward(
-        steps_forward, STEPS, 0, v, y, residual, spikes, m, packed, n, bits, mask, y_stride, residual_stride, N,
-        scale, shift, residual_scale, residual_shift, tau, inverse_tau, decay, threshold, reset, CHARGE, SOFT, ONCE,
+    run_forward(
+        tl.full([BLOCK], reset, STATE), y, residual, spikes, m, packed, n, bits, mask, x_stride, residual_stride, N,
+        scale, shift, residual_scale, residual_shift, tau, inverse_tau, decay, threshold, reset,
+        chunks, STEPS, CHUNK, LONG, CHARGE, SOFT, ONCE,
     )  # fmt: skip
-    if LONG:
-        for chunk in range(chunks):
-            t = STEPS + tl.cast(chunk, tl.int64) * CHUNK
-            v = steps_forward(
-                steps_forward, CHUNK, t, v, y, residual, spikes, m, packed, n, bits, mask,
-                y_stride, residual_stride, N, scale, shift, residual_scale, residual_shift,
-                tau, inverse_tau, decay, threshold, reset, CHARGE, SOFT, ONCE,
-            )  # fmt: skip
+
+
+def of_inputs(given: Inputs) -> dict:
+    """What `launch` is told of the layer's inputs."""
+    return {
+        "device": given.y.device,
+        "state": state_dtype(given.y.dtype),
+        "steps": given.T,
+        "N": given.N,
+        "strides": (given.y_stride, given.residual_stride),
+        "ONCE": given.y_stride == given.residual_stride == 0,
+        "maxnreg": 255,  # without a limit, ptxas may spill some to have only 128
+    }
 
 
 def forward(
@@ -167,8 +173,9 @@ def forward(
         _forward,
         -(-given.N // (THREADS * together)),
         (*given[:2], scales, *of_norms[0], *of_norms[1], *out),
-        given,
         options,
+        **of_inputs(given),
+        threads=THREADS,
         chunk=chunk_of(time_steps, ACCESS * (1 + (residual is not None)), KEPT),
         numbers=(norms[0].eps, norms[-1].eps) if norms else (0.0, 0.0),
         sizes=(given.C, inner),

@@ -38,7 +38,7 @@ COLUMNS = 64  # channels of a program of _table
 # channel is contiguous, and 97 with 4, as long as a copy; pipelines took as long, and longer for small maps.
 ACCESSES = 4
 
-SIZES = ["C", "inner", "positions", "turns", "blocks"]  # see kernels/lif/triton.py
+SIZES = ["C", "inner", "positions", "turns", "blocks"]  # see neuron/triton_steps.py
 
 
 @triton.jit(do_not_specialize=["momentum", "eps", "correction", "index", "norms", *SIZES])

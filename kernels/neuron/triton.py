@@ -12,7 +12,7 @@ from ..launch.triton import divide, number
 
 @triton.jit
 def constants_of(
-    constants,  # [4, C] in the state's dtype: τ, 1/τ, 1 - 1/τ and θ; None: they are the numbers that follow
+    constants,  # [4, C] or [4, 1] in the state's dtype: τ, 1/τ, 1 - 1/τ and θ; None: they are the numbers that follow
     tau,
     inverse_tau,
     decay,
@@ -21,7 +21,7 @@ def constants_of(
     C,
     channel_stride,  # neuron n has channel n // channel_stride % C
     STATE: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,  # whether constants are [4, C]
     BLOCK: tl.constexpr,
 ):
     """τ, 1/τ, 1 - 1/τ and θ of the program's neurons."""
@@ -36,8 +36,9 @@ def constants_of(
             width = tl.minimum(channel_stride, BLOCK).to(tl.int32)
             left = tl.minimum(channel_stride - begin % channel_stride, BLOCK).to(tl.int32)
             constants += (channel + (width - left + tl.arange(0, BLOCK)) // width) % C
-        tau, inverse_tau = tl.load(constants), tl.load(constants + C)
-        decay, threshold = tl.load(constants + 2 * C), tl.load(constants + 3 * C)
+        row = C if PER_CHANNEL else 1
+        tau, inverse_tau = tl.load(constants), tl.load(constants + row)
+        decay, threshold = tl.load(constants + 2 * row), tl.load(constants + 3 * row)
     return tau, inverse_tau, decay, threshold
 
 

@@ -21,7 +21,7 @@ def store_bits(packed, spike, mask):
     tl.store(packed, byte.to(tl.uint8), tl.max(inside, 1) > 0)
 
 
-@triton.jit(do_not_specialize=["N"])  # see lif/triton.py
+@triton.jit(do_not_specialize=["N"])  # see neuron/triton_steps.py
 def _unpack(
     packed,  # [T, ceil(N / 8)] uint8
     spikes,  # [T, N]

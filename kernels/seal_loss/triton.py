@@ -56,7 +56,7 @@ _LOG_EPS = tl.constexpr(reference._LOG_EPS)
 _NORM_EPS = tl.constexpr(reference._NORM_EPS)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
-# Triton would compile anew for sizes that are 1 or divisible by 16; see kernels/lif/triton.py.
+# Triton would compile anew for sizes that are 1 or divisible by 16; see neuron/triton_steps.py.
 _BY_VALUE = ["alpha", "beta", "temperature", "log_k", "T", "B", "K", "label_stride"]
 _BY_VALUE += ["stride_t", "stride_b", "stride_k", "teacher_stride_b", "teacher_stride_k"]
 

@@ -21,8 +21,9 @@ from triton.runtime import interpreter
 import bn_lif_kernels as expected
 from bn_lif_kernels import CASES, LAYOUTS, PUBLISHED
 from seal_fast.kernels.bn_lif import triton as kernel
-from seal_fast.kernels.bn_lif import triton_merge, triton_statistics, triton_steps, triton_tiles
+from seal_fast.kernels.bn_lif import triton_merge, triton_statistics, triton_tiles
 from seal_fast.kernels.bn_lif.norms import Norm
+from seal_fast.kernels.neuron import triton_steps
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -19,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 
 from seal_fast import lif
 from seal_fast.kernels.lif import triton as kernel
+from seal_fast.kernels.neuron import triton_steps
 from seal_fast.kernels.neuron.options import Options
 from seal_fast.kernels.packing.reference import pack
 from seal_fast.kernels.surrogate.reference import SURROGATES, Surrogate
@@ -261,8 +262,8 @@ def test_each_call_starts_one_kernel(monkeypatch):
         started.append(compiled)
         start(compiled, *arguments, **options)
 
-    start = kernel.start
-    monkeypatch.setattr(kernel, "start", counted)
+    start = triton_steps.start
+    monkeypatch.setattr(triton_steps, "start", counted)
     x = numbers(4, 2, 3).to(DEVICE).requires_grad_()
     lif(x, backend="triton")[0].sum().backward()
     assert started == [kernel._forward, kernel._backward]
