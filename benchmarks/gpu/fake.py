@@ -185,7 +185,8 @@ def _replaced(kernel, results):
         kernel(*arguments, **options)
         if original is not None:
             arguments[0].copy_(original)
-        options.pop("keep", None)  # in a GPU's shared memory
+        for name in ("keep", "launches"):  # in a GPU's shared memory; what a plan remembers
+            options.pop(name, None)
         return results(*arguments, **options)
 
     return functools.wraps(kernel)(run)

@@ -13,6 +13,7 @@ from ..neuron.cpu import describe
 from ..neuron.options import Options
 from . import plan
 from .norms import Norm
+from .norms import scales as scales_of
 from .plan import Kind
 from .tensors import BackwardOutputs, Inputs, alike, backward_outputs, channels_of, dense, forward_outputs, inputs
 
@@ -38,15 +39,21 @@ def fill_table(table: Tensor, index: int, y: Tensor, norm: Norm) -> None:
 def forward(
     y: Tensor,  # this and residual as in tensors.py
     residual: Tensor | None,
-    scales: Tensor,  # [2, C], or [4, C] where the residual has its own
+    scales: Tensor | None,  # [2, C], or [4, C] where the residual has its own; None: those of `norms`
     options: Options,
     *,
     time_steps: int,
     static: bool,  # whether y is [B, C, ...], the same at each time step
     keep_m: bool,
     pack: bool,
+    norms: tuple[Norm, ...] = (),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Spikes [T·B, C, ...] in y's dtype and layout; if asked for, the membrane input, and the spikes as bits."""
+    if scales is None:
+        table = torch.empty(4 * len(norms), y.shape[1], dtype=state_dtype(y.dtype), device=y.device)
+        for index, norm in enumerate(norms):
+            fill_table(table, index, residual if index else y, norm)
+        scales = scales_of(table)
     given = inputs(y, residual, time_steps, static=static)
     outputs = forward_outputs(given, keep_m=keep_m, pack=pack)
     _launch("seal_bn_lif_forward", given, scales, options, outputs._asdict(), _layout(given, len(scales) // 2))

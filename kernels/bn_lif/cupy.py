@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..launch.counters import counters
-from ..launch.cupy import ACCESS, NUMBERS, launch, specialised, together
+from ..launch.cupy import ACCESS, NUMBERS, Launch, reach, specialised
 from ..launch.device import multiprocessors
+from ..launch.memory import remembered
 from ..lif.reference import state_dtype
 from ..neuron.cupy import passed
 from ..neuron.options import Options
@@ -49,25 +50,37 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def fill_table(table: Tensor, index: int, y: Tensor, norm: Norm) -> None:
+def fill_table(table: Tensor, index: int, y: Tensor, norm: Norm, *, launches: dict | None = None) -> None:
     """Write the table's rows of norm `index` for y [N, C, ...], and update the norm's running statistics.
 
     The table is contiguous, as are the norm's tensors.
     """
     numbers = (len(table) // 4, index, float(norm.momentum), float(norm.correction), float(norm.eps))
     if norm.count:
-        _moments(dense(y), (*norm[:5], None, None, table), numbers)
+        _moments(dense(y), (*norm[:5], None, None, table), numbers, launches)
         return
-    C, template = table.shape[1], (NUMBERS[table.dtype],)
-    _start("fill_table", template, -(-C // THREADS), (*norm[:5], table, C, *numbers), table)
+
+    def make() -> Launch:
+        C = table.shape[1]
+        return _launch("fill_table", (NUMBERS[table.dtype],), -(-C // THREADS), (C, *numbers), table)
+
+    remembered(launches, ("fill_table", index), make)(*norm[:5], table)
 
 
-def _moments(y: Tensor, tensors: tuple[Tensor | None, ...], numbers: tuple[int | float, ...]) -> None:
+def _moments(
+    y: Tensor, tensors: tuple[Tensor | None, ...], numbers: tuple[int | float, ...], launches: dict | None = None
+) -> None:
     """Mean and variance of dense y, and what follows from them: what the kernel takes as NormRows."""
-    shape = (y.numel(), *channels_of(y))
-    tiling = _tiling(*shape, _neighbours(*shape, (y,)), _blocks("moments", y))
-    arguments = (y, *_meeting(tiling, 3, y), *tensors, *tiling.sizes, tiling.team, *numbers)
-    _start("moments", (NUMBERS[y.dtype], *tiling.template), tiling.blocks, arguments, y)
+    within = reach((y,))
+
+    def make() -> tuple[_Tiling, Launch]:
+        shape = (y.numel(), *channels_of(y))
+        tiling = _tiling(*shape, _neighbours(*shape, y, within), _blocks("moments", y))
+        template = (NUMBERS[y.dtype], *tiling.template)
+        return tiling, _launch("moments", template, tiling.blocks, (*tiling.sizes, tiling.team, *numbers), y)
+
+    tiling, launch = remembered(launches, ("moments", numbers[1], within), make)
+    launch(y, *_meeting(tiling, 3, y), *tensors)
 
 
 def _meeting(tiling: _Tiling, size: int, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -91,6 +104,7 @@ def forward(
     keep_m: bool,
     pack: bool,
     norms: tuple[Norm, ...] = (),  # of y and of a residual that has its own; contiguous, with fixed statistics
+    launches: dict | None = None,  # those of a plan
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Spikes [T·B, C, ...]; if asked for, the membrane input in y's dtype and packed spikes."""
     given = inputs(y, residual, time_steps, static=static)
@@ -98,35 +112,34 @@ def forward(
     y, residual, T, N, C = given[:5]
     if N == 0:
         return tuple(outputs)
-    neuron = passed(options, y.device, state_dtype(y.dtype))
     if scales is not None:
         scales = scales.contiguous()
-    k = len(norms) if scales is None else len(scales) // 2
-    tensors = (y, residual, scales, *outputs[:2])
-    shape = (N, C, given.channel_stride)
-    vector = _neighbours(*shape, (*tensors, neuron.constants))
-    by_channel = 2 * k + 4 * (neuron.channels > 1) if given.channel_stride == 1 else 0
-    while vector > 1 and vector * (min(T, STEPS) + by_channel) > HELD["forward"]:
-        vector //= 2
-    tiling = _tiling(*shape, vector)
-    fixed, eps = [None] * 8, [0.0, 0.0]
-    for i, norm in enumerate(norms if scales is None else ()):
-        fixed[4 * i : 4 * i + 4] = norm[:4]
-        eps[i] = float(norm.eps)
-    _start(
-        "bn_lif_forward",
-        (
+    of_norms = [*norms[0][:4], *(norms[1][:4] if len(norms) == 2 else [None] * 4)] if scales is None else [None] * 8
+    constants = options.passed(y.device, state_dtype(y.dtype))
+    within = reach((y, residual, scales, *outputs[:2], constants))
+
+    def make() -> Launch:
+        neuron, k = passed(options, constants), len(norms) if scales is None else len(scales) // 2
+        shape = (N, C, given.channel_stride)
+        vector = _neighbours(*shape, y, within)
+        by_channel = 2 * k + 4 * (neuron.channels > 1) if given.channel_stride == 1 else 0
+        while vector > 1 and vector * (min(T, STEPS) + by_channel) > HELD["forward"]:
+            vector //= 2
+        tiling = _tiling(*shape, vector)
+        template = (
             *(NUMBERS[y.dtype], *tiling.template, min(T, STEPS), T > STEPS, *neuron.charging),
             *(_residual_kind(residual, k), pack, scales is None),
-        ),
-        -(-N // (tiling.vector * THREADS)),
-        (
-            *(*tensors[:3], *fixed, *outputs, neuron.constants, T, N, C, tiling.inner, neuron.channels),
+        )
+        numbers = (
+            *(T, N, C, tiling.inner, neuron.channels),
             *(given.y_stride, given.residual_stride, max(given.y_stride, given.residual_stride)),
-            *(*eps, *neuron.numbers),
-        ),
-        y,
-    )
+            *((float(norms[0].eps), float(norms[-1].eps)) if scales is None else (0.0, 0.0)),
+            *neuron.numbers,
+        )
+        return _launch("bn_lif_forward", template, -(-N // (tiling.vector * THREADS)), numbers, y)
+
+    launch = remembered(launches, ("forward", scales is None, within), make)
+    launch(y, residual, scales, *of_norms, *outputs, constants)
     return tuple(outputs)
 
 
@@ -144,64 +157,72 @@ def backward(
     steps: bool,
     total: bool,
     parameters: bool,
+    launches: dict | None = None,
 ) -> BackwardOutputs:
     """Gradients of the membrane input, of θ and 1/τ, and of the norms."""
     given = inputs(y, residual, time_steps, static=static)
     outputs = backward_outputs(given, len(counts), steps=steps, total=total, parameters=parameters)
     y, residual, T, N, C = given[:5]
     state, device, sums = state_dtype(y.dtype), y.device, 1 + len(counts)
-    kind = _residual_kind(residual, len(counts))
     grad_spikes, grad_m = (None if tensor is None else alike(tensor.to(y.dtype), y) for tensor in (grad_spikes, grad_m))
-    neuron = passed(options, device, state)
-    tensors = (grad_spikes, grad_m, y, residual, table, *outputs[:4])
-    shape = (N, C, given.channel_stride)
-    vector = _neighbours(*shape, (*tensors, neuron.constants), min(NEIGHBOURS_16_BIT, ACCESS // y.element_size()))
     chunk = min(T, STEPS if state.itemsize == 4 else STEPS // 2)
-    by_channel = 3 * sums + 4 * (neuron.channels > 1) if given.channel_stride == 1 else 0
-    read = sum(tensor is not None for tensor in tensors[:4]) * chunk * y.element_size()
-    held = ((chunk + by_channel + 8 * parameters) * state.itemsize + read) // 4
-    while vector > 1 and (vector * chunk * state.itemsize > HISTORY or vector * held > HELD["backward"]):
-        vector //= 2
-    tiling = _tiling(*shape, vector, _blocks("backward" if given.channel_stride == 1 else "backward, contiguous", y))
     chunks = -(-T // chunk)
     checkpoints = torch.empty(chunks - 1, N, dtype=state, device=device) if chunks > 1 else None
-    inner, *rest = tiling.sizes[1:]
-    _start(
-        "bn_lif_backward",
-        (
-            *(NUMBERS[y.dtype], *tiling.template, chunk, chunks > 1, *neuron.charging, kind),
-            *(*neuron.slopes, parameters, grad_m is not None),
-        ),
-        tiling.blocks,
-        (
-            *(*tensors, *_meeting(tiling, sums, y), *outputs[4:], checkpoints, neuron.constants),
+    constants = options.passed(device, state)
+    tensors = (grad_spikes, grad_m, y, residual, table, *outputs[:4])
+    within = reach((*tensors, constants))
+
+    def make() -> tuple[_Tiling, Launch]:
+        neuron, shape = passed(options, constants), (N, C, given.channel_stride)
+        vector = _neighbours(*shape, y, within, min(NEIGHBOURS_16_BIT, ACCESS // y.element_size()))
+        by_channel = 3 * sums + 4 * (neuron.channels > 1) if given.channel_stride == 1 else 0
+        read = sum(tensor is not None for tensor in tensors[:4]) * chunk * y.element_size()
+        held = ((chunk + by_channel + 8 * parameters) * state.itemsize + read) // 4
+        while vector > 1 and (vector * chunk * state.itemsize > HISTORY or vector * held > HELD["backward"]):
+            vector //= 2
+        kind = "backward" if given.channel_stride == 1 else "backward, contiguous"
+        tiling = _tiling(*shape, vector, _blocks(kind, y))
+        template = (
+            *(NUMBERS[y.dtype], *tiling.template, chunk, chunks > 1, *neuron.charging),
+            *(_residual_kind(residual, len(counts)), *neuron.slopes, parameters, grad_m is not None),
+        )
+        inner, *rest = tiling.sizes[1:]
+        numbers = (
             *(T, N, C, inner, neuron.channels),
             *(given.y_stride, given.residual_stride, max(given.y_stride, given.residual_stride)),
             *(*rest, tiling.team, counts[0], counts[-1], *neuron.numbers, neuron.alpha),
-        ),
-        y,
-    )
+        )
+        return tiling, _launch("bn_lif_backward", template, tiling.blocks, numbers, y)
+
+    tiling, launch = remembered(launches, ("backward", grad_m is None, within), make)
+    launch(*tensors, *_meeting(tiling, sums, y), *outputs[4:], checkpoints, constants)
     return outputs
 
 
-def normalised_gradient(grad: Tensor, y: Tensor | None, coefficients: Tensor, *, in_place: bool) -> Tensor:
+def normalised_gradient(
+    grad: Tensor, y: Tensor | None, coefficients: Tensor, *, in_place: bool, launches: dict | None = None
+) -> Tensor:
     """c0 grad + c1 y + c2 by channel, or c0 grad without y, in grad's dtype; coefficients are [3, C]."""
     rows = dense(grad)
     out = rows if in_place else torch.empty_like(rows)
     if rows.numel():
         y = None if y is None else alike(y, rows)
-        coefficients = coefficients.contiguous()
-        shape = (rows.numel(), *channels_of(rows))
-        tiling = _tiling(*shape, _neighbours(*shape, (rows, y, coefficients, out)), _blocks("gradient", rows))
-        template = (NUMBERS[rows.dtype], *tiling.template, y is not None)
-        arguments = (rows, y, coefficients, out, *tiling.sizes)
-        _start("normalised_gradient", template, tiling.blocks, arguments, rows)
+        tensors = (rows, y, coefficients.contiguous(), out)
+        within = reach(tensors)
+
+        def make() -> Launch:
+            shape = (rows.numel(), *channels_of(rows))
+            tiling = _tiling(*shape, _neighbours(*shape, rows, within), _blocks("gradient", rows))
+            template = (NUMBERS[rows.dtype], *tiling.template, y is not None)
+            return _launch("normalised_gradient", template, tiling.blocks, tiling.sizes, rows)
+
+        remembered(launches, ("gradient", rows.shape, rows.stride(), y is None, within), make)(*tensors)
     return grad.copy_(out) if in_place and out is not grad else out
 
 
-def _start(kernel: str, template: tuple, blocks: int, arguments: tuple, like: Tensor) -> None:
+def _launch(kernel: str, template: tuple, blocks: int, numbers: tuple, like: Tensor) -> Launch:
     real = state_dtype(like.dtype)
-    launch(SOURCE, specialised(kernel, *template), blocks, THREADS, arguments, real=real, device=like.device)
+    return Launch(SOURCE, specialised(kernel, *template), blocks, THREADS, numbers, real=real, device=like.device)
 
 
 def _residual_kind(residual: Tensor | None, k: int) -> int:
@@ -209,16 +230,15 @@ def _residual_kind(residual: Tensor | None, k: int) -> int:
     return 0 if residual is None else k
 
 
-def _neighbours(
-    size: int, C: int, channel_stride: int, tensors: tuple[Tensor | None, ...], most: int | None = None
-) -> int:
-    """How many neighbours of rows of `size` numbers, of a channel each or all of one, an access may move.
+def _neighbours(size: int, C: int, channel_stride: int, like: Tensor, within: int, most: int | None = None) -> int:
+    """How many neighbours of rows of `size` numbers, of a channel each or all of one, an access moves.
 
-    They are `most` at most, a power of two; None: as many as the widest access moves.
+    They are of the dtype of `like`, and `most` at most, a power of two; None: as many as the widest access moves. It is
+    1 where the tensors let an access move fewer, `within`.
     """
     stretch = size if C == 1 else C if channel_stride == 1 else channel_stride
-    neighbours = math.gcd(most or ACCESS // tensors[0].element_size(), stretch)
-    return neighbours if together(neighbours, tensors) else 1
+    neighbours = math.gcd(most or ACCESS // like.element_size(), stretch)
+    return neighbours if neighbours <= within else 1
 
 
 class _Tiling(NamedTuple):

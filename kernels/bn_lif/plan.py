@@ -58,6 +58,8 @@ class Plan:
         self.dtypes = [None if each is None else each.dtype for norm in norms for each in norm.tensors[:2]]
         self.state = state_dtype(y.dtype)
         batch = y.shape[0] if kind.static else y.shape[0] // kind.time_steps
+        # The functions of a GPU's room remember their launches.
+        self.remember = {"launches": {}} if kernel.__name__.endswith((".triton", ".cupy")) else {}
         self.fixed = [kind.static, residual is not None and residual.shape[0] == batch]  # over time: y and residual
 
     def table(self, y: Tensor) -> Tensor:
@@ -76,12 +78,12 @@ class Plan:
         given = [Norm(*tensors, *numbers) for tensors, numbers in zip(norms, self.numbers, strict=False)]
         call = self.kind._asdict()
         if given and table is None and not any(self.counts):
-            return self.kernel.forward(y, residual, None, options, **call, norms=tuple(given))
+            return self.kernel.forward(y, residual, None, options, **call, norms=tuple(given), **self.remember)
         if table is None:
             table = self.table(y)
         for i, norm in enumerate(given):
-            self.kernel.fill_table(table, i, residual if i else y, norm)
-        return self.kernel.forward(y, residual, scales(table), options, **call)
+            self.kernel.fill_table(table, i, residual if i else y, norm, **self.remember)
+        return self.kernel.forward(y, residual, scales(table), options, **call, **self.remember)
 
     def backward(
         self,
@@ -104,6 +106,7 @@ class Plan:
             steps=any(want and not fixed for want, fixed in zip(wanted, self.fixed, strict=True)),
             total=any(want and fixed for want, fixed in zip(wanted, self.fixed, strict=True)),
             parameters=options.in_tensors,
+            **self.remember,
         )
         coefficients = found.coefficients
         if self.group is not None:
@@ -115,7 +118,8 @@ class Plan:
                 needed_again = i == 0 and wanted[1] and self.fixed[0] == self.fixed[1]
                 source = None if isinstance(count, int) and count == 0 else source
                 of_norm = coefficients[3 * i : 3 * i + 3]
-                grads[i] = kernel.normalised_gradient(rows[i], source, of_norm, in_place=not needed_again)
+                in_place = not needed_again
+                grads[i] = kernel.normalised_gradient(rows[i], source, of_norm, in_place=in_place, **self.remember)
         grads += [found.grad_threshold, found.grad_inverse_tau]
         # Not as views, which autograd.grad would hand out: changing one in place would count as a change of the others.
         for row, dtype in zip(found.grad_norms.unbind(), self.dtypes, strict=True):

@@ -12,13 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch.counters import counters
-from ..launch.triton import ACCESS, number, size
+from ..launch.memory import remembered
+from ..launch.triton import ACCESS, Launch, number, size
 from ..neuron.options import Options
 from ..neuron.triton import constants_of
-from ..neuron.triton_steps import BY_VALUE, chunk_of, launch, run_backward
+from ..neuron.triton_steps import BY_VALUE, chunk_of, launch_of, run_backward
 from .tensors import BackwardOutputs, alike, backward_outputs, inputs
 from .triton_forward import forward, of_inputs
-from .triton_merge import merge_sums, merging, write_gradients
+from .triton_merge import Merge, merge_sums, merging, write_gradients
 from .triton_statistics import SIZES, fill_table, normalised_gradient, statistics
 from .triton_tiles import enter, next_tile, tile_at, tiling
 
@@ -169,6 +170,7 @@ def backward(
     steps: bool,
     total: bool,
     parameters: bool,
+    launches: dict | None = None,  # those of a plan
 ) -> BackwardOutputs:
     """Gradients of the membrane input, of θ and 1/τ, and of the norms."""
     given = inputs(y, residual, time_steps, static=static)
@@ -176,40 +178,48 @@ def backward(
     y, dtype, state = given.y, y.dtype, table.dtype
     grad_spikes = alike(grad_spikes.to(dtype), y)
     grad_m = None if grad_m is None else alike(grad_m.to(dtype), y)
-    count = 1 + len(counts)
-    # Of each step y, a and h; residual and the gradient of m; x and v. Where neighbours have channels of their own,
-    # also scales, shifts and means, and the neuron's constants.
-    kept = dtype.itemsize * (2 + (count == 3) + (grad_m is not None) + parameters) + state.itemsize * (1 + parameters)
-    most = KEPT if given.channel_stride == 1 and given.C > 1 else KEPT_RUNS
-    chunk = chunk_of(time_steps, kept, most)
-    always = (3 * (count - 1) + 4 * options.in_tensors) * state.itemsize if given.channel_stride == 1 else 0
-    together = min(ACCESS // dtype.itemsize, NEIGHBOURS_16_BIT)
-    while together > 1 and together * (min(time_steps, chunk) * kept + always) > (
-        KEPT_LONG if time_steps > chunk else most
-    ):
-        together //= 2
-    # Two run at once where a thread takes 8 neighbours through 3 steps or more: see docs/cost.md.
-    programs = PROGRAMS["few" if together == 8 and min(time_steps, chunk) > 2 else "many"]
-    tiles = tiling(given.N, given.C, given.channel_stride, dtype, THREADS * together, y.device, programs)
-    merge = merging(tiles, "sums", state)
-    partials = torch.empty(count * merge.numbers, dtype=state, device=y.device)
-    later = (time_steps - 1) // chunk
+    constants = options.passed(y.device, state)
+
+    def make() -> tuple[Launch, Merge, int]:
+        count = 1 + len(counts)
+        # Of each step y, a and h; residual and the gradient of m; x and v. Where neighbours have channels of their own,
+        # also scales, shifts and means, and the neuron's constants.
+        kept = dtype.itemsize * (2 + (count == 3) + (grad_m is not None) + parameters)
+        kept += state.itemsize * (1 + parameters)
+        most = KEPT if given.channel_stride == 1 and given.C > 1 else KEPT_RUNS
+        chunk = chunk_of(time_steps, kept, most)
+        always = (3 * (count - 1) + 4 * options.in_tensors) * state.itemsize if given.channel_stride == 1 else 0
+        together = min(ACCESS // dtype.itemsize, NEIGHBOURS_16_BIT)
+        while together > 1 and together * (min(time_steps, chunk) * kept + always) > (
+            KEPT_LONG if time_steps > chunk else most
+        ):
+            together //= 2
+        # Two run at once where a thread takes 8 neighbours through 3 steps or more: see docs/cost.md.
+        programs = PROGRAMS["few" if together == 8 and min(time_steps, chunk) > 2 else "many"]
+        tiles = tiling(given.N, given.C, given.channel_stride, dtype, THREADS * together, y.device, programs)
+        merge = merging(tiles, "sums", state)
+        launch = launch_of(
+            _backward,
+            tiles.programs,
+            options,
+            constants,
+            **of_inputs(given),
+            chunk=chunk,
+            threads=THREADS,
+            sizes=tiles.sizes,
+            numbers=(options.surrogate.alpha, counts[0], counts[-1]),
+            NORMALISED=count == 3,
+            DETACH=options.detach_reset,
+            SURROGATE=options.surrogate.name,
+            STAGES=STAGES if time_steps <= chunk else 1,
+            RUN=merge.run,
+            **tiles.constants,
+        )
+        return launch, merge, (time_steps - 1) // chunk
+
+    launch, merge, later = remembered(launches, ("backward", grad_m is None), make)
+    partials = torch.empty((1 + len(counts)) * merge.numbers, dtype=state, device=y.device)
     checkpoints = torch.empty((later, given.N), dtype=state, device=y.device) if later else None
-    launch(
-        _backward,
-        tiles.programs,
-        (*given[:2], table, grad_spikes, grad_m, *out, partials, counters(y.device, merge.counters), checkpoints),
-        options,
-        **of_inputs(given),
-        chunk=chunk,
-        threads=THREADS,
-        sizes=tiles.sizes,
-        numbers=(options.surrogate.alpha, counts[0], counts[-1]),
-        NORMALISED=count == 3,
-        DETACH=options.detach_reset,
-        SURROGATE=options.surrogate.name,
-        STAGES=STAGES if time_steps <= chunk else 1,
-        RUN=merge.run,
-        **tiles.constants,
-    )
+    tensors = (*given[:2], table, grad_spikes, grad_m, *out, partials, counters(y.device, merge.counters), checkpoints)
+    launch(*tensors, constants)
     return out

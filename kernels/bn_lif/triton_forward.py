@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.triton import ACCESS, number, size
+from ..launch.memory import remembered
+from ..launch.triton import ACCESS, Launch, number, size
 from ..lif.reference import state_dtype
 from ..neuron.options import Options
 from ..neuron.triton import constants_of
-from ..neuron.triton_steps import BY_VALUE, chunk_of, launch, run_forward
+from ..neuron.triton_steps import BY_VALUE, chunk_of, launch_of, run_forward
 from .norms import Norm
 from .tensors import Inputs, forward_outputs, inputs
 from .triton_merge import scale_and_shift
@@ -138,7 +139,7 @@ def _forward(
 
 
 def of_inputs(given: Inputs) -> dict:
-    """What `launch` is told of the layer's inputs."""
+    """What `launch_of` is told of the layer's inputs."""
     return {
         "device": given.y.device,
         "state": state_dtype(given.y.dtype),
@@ -161,28 +162,34 @@ def forward(
     keep_m: bool,
     pack: bool,
     norms: tuple[Norm, ...] = (),  # of y, and of the residual if it has one; their statistics are fixed
+    launches: dict | None = None,  # those of a plan
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Spikes [T·B, C, ...]; m [T·B, C, ...], or [B, C, ...] where nothing in it varies in time; the spikes as bits."""
     given = inputs(y, residual, time_steps, static=static)
     out = forward_outputs(given, keep_m=keep_m, pack=pack)
-    last = given.C > 1 and given.channel_stride == 1
-    inner = given.channel_stride if given.C > 1 else given.N
-    together = ACCESS // y.dtype.itemsize
-    of_norms = [(*norm[:4],) for norm in norms] + [(None,) * 4] * (2 - len(norms))
-    launch(
-        _forward,
-        -(-given.N // (THREADS * together)),
-        (*given[:2], scales, *of_norms[0], *of_norms[1], *out),
-        options,
-        **of_inputs(given),
-        threads=THREADS,
-        chunk=chunk_of(time_steps, ACCESS * (1 + (residual is not None)), KEPT),
-        numbers=(norms[0].eps, norms[-1].eps) if norms else (0.0, 0.0),
-        sizes=(given.C, inner),
-        NORMALISED=len(norms) == 2 if scales is None else len(scales) == 4,
-        LAST=last,
-        TOGETHER=math.gcd(given.C if last else inner, together),
-        ALIGNED=math.gcd(given.N, together),
-        BLOCK=THREADS * together,
-    )
+    of_norms = [*norms[0][:4], *(norms[1][:4] if len(norms) == 2 else [None] * 4)] if scales is None else [None] * 8
+    constants = options.passed(y.device, state_dtype(y.dtype))
+
+    def make() -> Launch:
+        last = given.C > 1 and given.channel_stride == 1
+        inner = given.channel_stride if given.C > 1 else given.N
+        together = ACCESS // y.dtype.itemsize
+        return launch_of(
+            _forward,
+            -(-given.N // (THREADS * together)),
+            options,
+            constants,
+            **of_inputs(given),
+            chunk=chunk_of(time_steps, ACCESS * (1 + (residual is not None)), KEPT),
+            threads=THREADS,
+            sizes=(given.C, inner),
+            numbers=(norms[0].eps, norms[-1].eps) if scales is None else (0.0, 0.0),
+            NORMALISED=len(norms) == 2 if scales is None else len(scales) == 4,
+            LAST=last,
+            TOGETHER=math.gcd(given.C if last else inner, together),
+            ALIGNED=math.gcd(given.N, together),
+            BLOCK=THREADS * together,
+        )
+
+    remembered(launches, ("forward", scales is None), make)(*given[:2], scales, *of_norms, *out, constants)
     return tuple(out)

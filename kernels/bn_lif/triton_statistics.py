@@ -11,11 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch.counters import counters
-from ..launch.triton import ACCESS, argument, size, start
+from ..launch.memory import remembered
+from ..launch.triton import ACCESS, Launch, argument, size
 from ..lif.reference import state_dtype
 from .norms import Norm
 from .tensors import alike, dense, inputs
-from .triton_merge import merge_statistics, merging, write_norm
+from .triton_merge import Merge, merge_statistics, merging, write_norm
 from .triton_tiles import enter, next_tile, tile_at, tiling
 
 THREADS = 128  # of a program
@@ -174,64 +175,62 @@ def fill_table(
     index: int,  # of the norm
     y: Tensor,  # [N, C, ...]
     norm: Norm,
+    *,
+    launches: dict | None = None,  # those of a plan
 ) -> None:
     """Write the table's rows of norm `index` for y, and update the norm's running statistics."""
     if norm.count:
-        _take(y, norm, (None, None, table), index, len(table) // 4)
-    else:
-        _fill_fixed(table, index, norm)
+        _take(y, norm, (None, None, table), index, len(table) // 4, launches)
+        return
+
+    def make() -> Launch:
+        """Of the rows of a norm whose statistics are the running ones."""
+        C, state = table.shape[1], table.dtype
+        return Launch(
+            _table,
+            -(-C // COLUMNS),
+            (argument(norm.eps, state), C, index, len(table) // 4),
+            device=table.device,
+            num_warps=COLUMNS // 32,
+            STATE=tl.float64 if state == torch.float64 else tl.float32,
+            BLOCK=COLUMNS,
+        )
+
+    remembered(launches, ("fill_table", index), make)(table, *norm[:4])
 
 
-def _take(y: Tensor, norm: Norm, outputs: tuple[Tensor | None, ...], index: int, norms: int) -> None:
+def _take(
+    y: Tensor, norm: Norm, outputs: tuple[Tensor | None, ...], index: int, norms: int, launches: dict | None = None
+) -> None:
     """Statistics of y, and what is made of them."""
-    C, state = y.shape[1], state_dtype(y.dtype)
+    state = state_dtype(y.dtype)
     given = inputs(y, None, 1, static=True)
-    shared = given.N, C, given.channel_stride, y.dtype
-    tiles = tiling(*shared, THREADS * AT_ONCE, y.device, PROGRAMS["statistics"])
-    width = tiles.constants["ALIGNED"] * y.dtype.itemsize
-    stages = STAGES["wide" if width == ACCESS else "narrow"]
-    if width < NARROW:
-        tiles = tiling(*shared, THREADS * AT_ONCE // 2, y.device, PROGRAMS["statistics"])
-    merge = merging(tiles, "statistics", state)
-    start(
-        _statistics,
-        tiles.programs,
-        given.y,
-        torch.empty(3 * merge.numbers, dtype=state, device=y.device),
-        counters(y.device, merge.counters),
-        *outputs,
-        *norm[:5],
-        *(argument(value, state) for value in (norm.momentum, norm.eps, norm.correction)),
-        index,
-        norms,
-        *tiles.sizes,
-        device=y.device,
-        num_warps=THREADS // 32,
-        STATE=tl.float64 if state == torch.float64 else tl.float32,
-        maxnreg=REGISTERS[state],
-        STAGES=stages,
-        RUN=merge.run,
-        **tiles.constants,
-    )
 
+    def make() -> tuple[Launch, Merge]:
+        shared = given.N, given.C, given.channel_stride, y.dtype
+        tiles = tiling(*shared, THREADS * AT_ONCE, y.device, PROGRAMS["statistics"])
+        width = tiles.constants["ALIGNED"] * y.dtype.itemsize
+        if width < NARROW:
+            tiles = tiling(*shared, THREADS * AT_ONCE // 2, y.device, PROGRAMS["statistics"])
+        merge = merging(tiles, "statistics", state)
+        numbers = (argument(value, state) for value in (norm.momentum, norm.eps, norm.correction))
+        launch = Launch(
+            _statistics,
+            tiles.programs,
+            (*numbers, index, norms, *tiles.sizes),
+            device=y.device,
+            num_warps=THREADS // 32,
+            STATE=tl.float64 if state == torch.float64 else tl.float32,
+            maxnreg=REGISTERS[state],
+            STAGES=STAGES["wide" if width == ACCESS else "narrow"],
+            RUN=merge.run,
+            **tiles.constants,
+        )
+        return launch, merge
 
-def _fill_fixed(table: Tensor, index: int, norm: Norm) -> None:
-    """The rows of a norm whose statistics are the running ones."""
-    C, state = table.shape[1], table.dtype
-    start(
-        _table,
-        -(-C // COLUMNS),
-        table,
-        *norm[:4],
-        argument(norm.eps, state),
-        C,
-        index,
-        len(table) // 4,
-        device=table.device,
-        num_warps=COLUMNS // 32,
-        STATE=tl.float64 if state == torch.float64 else tl.float32,
-        BLOCK=COLUMNS,
-    )
+    launch, merge = remembered(launches, ("statistics", index), make)
+    partials = torch.empty(3 * merge.numbers, dtype=state, device=y.device)
+    launch(given.y, partials, counters(y.device, merge.counters), *outputs, *norm[:5])
 
 
 def normalised_gradient(
@@ -240,24 +239,22 @@ def normalised_gradient(
     coefficients: Tensor,  # [3, C] in the state's dtype
     *,
     in_place: bool,
+    launches: dict | None = None,
 ) -> Tensor:
     """c0 grad + c1 y + c2, or c0 grad where y is None, in grad's dtype: in grad's own memory, or in new memory."""
     rows = dense(grad)
     out = rows if in_place else torch.empty_like(rows)
-    given = inputs(rows, None, 1, static=True)
-    elements = THREADS * ACCESSES * ACCESS // grad.dtype.itemsize
-    shared = given.N, given.C, given.channel_stride, grad.dtype
-    tiles = tiling(*shared, elements, grad.device, PROGRAMS["gradient"])
-    start(
-        _normalised_gradient,
-        tiles.programs,
-        rows,
-        None if y is None else alike(y, rows),
-        coefficients,
-        out,
-        *tiles.sizes,
-        device=grad.device,
-        num_warps=THREADS // 32,
-        **tiles.constants,
-    )
+
+    def make() -> Launch:
+        given = inputs(rows, None, 1, static=True)
+        elements = THREADS * ACCESSES * ACCESS // grad.dtype.itemsize
+        shared = given.N, given.C, given.channel_stride, grad.dtype
+        tiles = tiling(*shared, elements, grad.device, PROGRAMS["gradient"])
+        warps = THREADS // 32
+        return Launch(
+            _normalised_gradient, tiles.programs, tiles.sizes, device=grad.device, num_warps=warps, **tiles.constants
+        )
+
+    launch = remembered(launches, ("gradient", rows.shape, rows.stride()), make)
+    launch(rows, None if y is None else alike(y, rows), coefficients, out)
     return grad.copy_(out) if in_place and out is not grad else out

@@ -154,43 +154,53 @@ def enumerator(path: Path, enumeration: str, name: str) -> str:
     return known(name, enumeration, parse(names), "cupy").upper()
 
 
-def together(neighbours: int, tensors: Iterable[torch.Tensor | None], strides: Iterable[int] = ()) -> bool:
-    """Whether rows at these strides, in numbers, and all tensors begin where an access to `neighbours` numbers can."""
-    return all(stride % neighbours == 0 for stride in strides) and all(
-        tensor is None or tensor.data_ptr() % min(ACCESS, neighbours * tensor.element_size()) == 0 for tensor in tensors
-    )
+def reach(tensors: Iterable[torch.Tensor | None]) -> int:
+    """How many neighbours an access may move, by where tensors begin: a power of two, ACCESS where all are aligned."""
+    within = ACCESS
+    for tensor in tensors:
+        if tensor is not None:
+            address = tensor.data_ptr()
+            if address % ACCESS:
+                within = min(within, max((address & -address) // tensor.element_size(), 1))
+    return within
 
 
-def launch(
-    path: Path,  # of the .cu file
-    expression: str,  # names the kernel in C++: a template's specialisation
-    blocks: int,
-    threads: int,
-    arguments: Sequence[torch.Tensor | int | float | None],
-    *,
-    real: torch.dtype,  # of the kernel's floating-point arguments
-    device: torch.device,
-    shared_bytes: int = 0,  # of the block's `extern __shared__` memory
-) -> None:
-    """Start a kernel. It takes a tensor as a pointer, None as a null pointer, an int as int64_t."""
-    codes = _codes(tuple(map(type, arguments)), real)
-    values = [
-        argument if code != "Q" else 0 if argument is None else argument.data_ptr()
-        for code, argument in zip(codes, arguments, strict=True)
-    ]
-    start(path, expression, blocks, threads, values, codes, device, shared_bytes)
+class Launch:
+    """Launches of a kernel that differ in their tensors alone, so that all else is found out once.
 
+    Args:
+        path: Of the .cu file.
+        expression: Names the kernel in C++: a template's specialisation.
+        blocks: Of the grid.
+        threads: Of a block.
+        numbers: What the kernel takes after its tensors, an int as int64_t.
+        real: What it takes a float as.
+        device: Where it runs.
+        shared_bytes: Of the block's `extern __shared__` memory.
+    """
 
-@functools.lru_cache(maxsize=1024)
-def _codes(types: tuple[type, ...], real: torch.dtype) -> str:
-    """What arguments of these types are to `start`."""
+    def __init__(
+        self,
+        path: Path,
+        expression: str,
+        blocks: int,
+        threads: int,
+        numbers: Sequence[int | float] = (),
+        *,
+        real: torch.dtype,
+        device: torch.device,
+        shared_bytes: int = 0,
+    ):
+        self.where = path, expression, blocks, threads
+        self.numbers, self.device, self.shared_bytes = numbers, device, shared_bytes
+        kinds = {int: "q", bool: "q", float: "d" if real == torch.float64 else "f"}
+        self.codes = "".join(kinds[type(number)] for number in numbers)
 
-    def code(kind: type) -> str:
-        if kind is type(None) or issubclass(kind, torch.Tensor):
-            return "Q"
-        return "q" if issubclass(kind, int) else "d" if real == torch.float64 else "f"
-
-    return "".join(map(code, types))
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """Start the kernel. It takes a tensor as a pointer, None as a null pointer."""
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        codes = "Q" * len(addresses) + self.codes
+        start(*self.where, [*addresses, *self.numbers], codes, self.device, self.shared_bytes)
 
 
 def start(

@@ -11,6 +11,7 @@ import struct
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from .device import current_stream, is_current
@@ -21,10 +22,43 @@ ACCESS = 16  # bytes that one thread reads or writes at once: the widest access 
 _IN_PTX = tl.constexpr(torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1")
 
 
-def start(kernel, blocks: int, *arguments, device: torch.device, num_warps: int, **constants) -> None:
+class Launch:
+    """Launches of a kernel that differ in their tensors alone, so that all else is found out once.
+
+    Args:
+        kernel: Takes tensors and then `numbers`.
+        blocks: How many programs there are.
+        numbers: Sizes and other numbers.
+        device: Where it runs.
+        num_warps: Of a program.
+        constants: Its constants.
+    """
+
+    def __init__(self, kernel, blocks: int, numbers: tuple = (), *, device: torch.device, num_warps: int, **constants):
+        self.kernel, self.blocks, self.numbers, self.device = kernel, blocks, numbers, device
+        self.constants = {"num_warps": num_warps, **constants}
+        self.prepared: dict[tuple, tuple] = {}  # what the tensors are to Triton -> what starts the kernel
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Start the kernel with these."""
+        key, addresses = specialisation(tensors)
+        found = self.prepared.get(key)
+        if found is None or self.kernel.pre_run_hooks or not is_current(self.device):
+            found = start(self.kernel, self.blocks, *tensors, *self.numbers, device=self.device, **self.constants)
+            if found is not None:
+                self.prepared[key] = found[0], (*self.numbers, *found[1])
+            return
+        run, last = found
+        run(*addresses, *last, stream=current_stream(self.device))
+
+
+def start(kernel, blocks: int, *arguments, device: torch.device, num_warps: int, **constants) -> tuple | None:
     """Start `kernel` on `device` with one program a block.
 
     Products and sums stay apart, as fused multiply-adds round differently; Triton's default changes between releases.
+
+    Returns:
+        What starts it with other tensors of the same kinds, and its arguments after those given here, or None.
     """
     if _REPEATS and device.type == "cuda" and is_current(device):
         specialised, passed = specialisation(arguments)
@@ -37,14 +71,17 @@ def start(kernel, blocks: int, *arguments, device: torch.device, num_warps: int,
         else:
             compiled = _start(kernel, blocks, arguments, num_warps, constants)
             # 0.0 and -0.0 are two constants, but one key.
-            if passed is not None and isinstance(compiled, CompiledKernel) and float not in map(type, values):
-                if len(_prepared) >= _MOST_PREPARED:
-                    _prepared.clear()
-                _prepared[key] = compiled[blocks, 1, 1], last_arguments(kernel, arguments, constants), kernel
-        return
+            if passed is None or not isinstance(compiled, CompiledKernel) or float in map(type, values):
+                return None
+            if len(_prepared) >= _MOST_PREPARED:
+                _prepared.clear()
+            run, last = compiled[blocks, 1, 1], last_arguments(kernel, arguments, constants)
+            _prepared[key] = run, last, kernel
+        return run, last
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         _start(kernel, blocks, arguments, num_warps, constants)
+    return None
 
 
 def _start(kernel, blocks, arguments, num_warps, constants):
@@ -61,7 +98,7 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _REPEATS = torch.version.hip is None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 
 
-def specialisation(arguments: tuple) -> tuple[list, list | None]:
+def specialisation(arguments: tuple) -> tuple[tuple, list | None]:
     """What Triton compiles a kernel for, and its arguments with addresses in place of tensors.
 
     A tensor stands for its dtype and whether 16 bytes divide its address, and an integer for itself: Triton looks at
@@ -80,9 +117,9 @@ def specialisation(arguments: tuple) -> tuple[list, list | None]:
         elif kind is float:
             key.append(float)
         else:
-            return [object()], None
+            return (object(),), None
         passed.append(argument)
-    return key, passed
+    return tuple(key), passed
 
 
 def last_arguments(kernel, arguments: tuple, constants: dict) -> tuple:

@@ -10,7 +10,7 @@ from ..neuron.options import Options
 
 
 class Plan:
-    """What calls of lif that differ in their tensors' elements alone share. A room's own may find out more, once.
+    """What calls of lif that differ in their tensors' elements alone share: a GPU's launches, if no room has its own.
 
     Args:
         kernel: The room's module.
@@ -23,15 +23,18 @@ class Plan:
     def __init__(self, kernel: ModuleType, x: Tensor, options: Options, keep_v: bool, pack: bool):
         self.kernel, self.keep_v, self.pack = kernel, keep_v, pack
         self.options, self.parameters = options.without_tensors(), options.in_tensors
+        self.launches: dict = {}
 
     def forward(
         self, x: Tensor, v_init: Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Spikes [T, ...], and if kept the last potential [...] and the spikes as bits."""
-        return self.kernel.forward(x, v_init, options, keep_v=self.keep_v, pack=self.pack)
+        return self.kernel.forward(x, v_init, options, keep_v=self.keep_v, pack=self.pack, launches=self.launches)
 
     def backward(
         self, grad_spikes: Tensor, grad_v_last: Tensor | None, x: Tensor, v_init: Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, v_init, θ and 1/τ (each neuron's part)."""
-        return self.kernel.backward(grad_spikes, grad_v_last, x, v_init, options, parameters=self.parameters)
+        return self.kernel.backward(
+            grad_spikes, grad_v_last, x, v_init, options, parameters=self.parameters, launches=self.launches
+        )

@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.triton import ACCESS, aligned, number, size
+from ..launch.memory import remembered
+from ..launch.triton import ACCESS, Launch, aligned, number, size
 from ..neuron.options import Options
 from ..neuron.triton import constants_of
-from ..neuron.triton_steps import BY_VALUE, CHUNK, launch, run_backward, run_forward
+from ..neuron.triton_steps import BY_VALUE, CHUNK, launch_of, run_backward, run_forward
 from .reference import state_dtype
 from .tensors import backward_tensors, forward_tensors
 
@@ -136,10 +137,14 @@ def forward(
     *,
     keep_v: bool,
     pack: bool,
+    launches: dict | None = None,  # those of a plan
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Spikes [T, ...] in x's dtype and layout; the last potential [...] in the state's dtype; the spikes as bits."""
     x, v_init, *outputs = forward_tensors(x, v_init, keep_v=keep_v, pack=pack)
-    _launch(_forward, (x[0], v_init, *outputs), x, options)
+    if x.numel():
+        constants = options.passed(x.device, state_dtype(x.dtype))
+        launch = remembered(launches, "forward", lambda: _launch(_forward, x, options, constants))
+        launch(x, v_init, *outputs, constants)
     return tuple(outputs)
 
 
@@ -151,45 +156,49 @@ def backward(
     options: Options,
     *,
     parameters: bool,
+    launches: dict | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x [T, ...] and v_init [...]; with `parameters`, each neuron's part [...] in those of θ and 1/τ."""
     grad_spikes, grad_v_last, x, v_init, *grads = backward_tensors(
         grad_spikes, grad_v_last, x, v_init, parameters=parameters
     )
-    state = state_dtype(x.dtype)
-    later_chunks = (x.shape[0] - 1) // CHUNK
-    checkpoints = x.new_empty((later_chunks, x[0].numel()), dtype=state) if later_chunks else None
-    _launch(
-        _backward,
-        (grad_spikes[0], grad_v_last, x[0], v_init, *grads, checkpoints),
-        x,
-        options,
-        numbers=(options.surrogate.alpha,),
-        strides=(grad_spikes.stride(0),),
-        kept=(1 + parameters) * (x.dtype.itemsize + state.itemsize),  # a and h; x and v
-        DETACH=options.detach_reset,
-        SURROGATE=options.surrogate.name,
-        PARAMETERS=parameters,
-    )
+    if x.numel():
+        state, T, grad_stride = state_dtype(x.dtype), len(x), grad_spikes.stride(0)
+        checkpoints = x.new_empty(((T - 1) // CHUNK, x[0].numel()), dtype=state) if T > CHUNK else None
+        constants = options.passed(x.device, state)
+
+        def make() -> Launch:
+            return _launch(
+                _backward,
+                x,
+                options,
+                constants,
+                strides=(grad_stride,),
+                kept=(1 + parameters) * (x.dtype.itemsize + state.itemsize),  # a and h; x and v
+                numbers=(options.surrogate.alpha,),
+                DETACH=options.detach_reset,
+                SURROGATE=options.surrogate.name,
+                PARAMETERS=parameters,
+            )
+
+        launch = remembered(launches, ("backward", grad_stride), make)
+        launch(grad_spikes, grad_v_last, x, v_init, *grads, checkpoints, constants)
     return tuple(grads)
 
 
-def _launch(kernel, tensors, x, options, *, numbers=(), strides=(), kept=0, **flags):
-    """Start `kernel`, each thread of which keeps so many bytes of each of its neurons at each step."""
+def _launch(kernel, x: Tensor, options: Options, constants: Tensor | None, *, strides=(), kept=0, **others) -> Launch:
+    """Of `kernel`, each thread of which keeps so many bytes of each of its neurons at each step."""
     T, row = x.shape[0], x[0]
-    N = row.numel()
-    if N == 0:
-        return
-    strides = (x.stride(0), *strides)
+    N, strides = row.numel(), (x.stride(0), *strides)
     together = ACCESS // x.dtype.itemsize if aligned(x.dtype, N, *strides) else 1
     neighbours = min(together, NEIGHBOURS) if kept else together
     while neighbours > 1 and neighbours * min(T, CHUNK) * kept > (KEPT_LONG if T > CHUNK else KEPT):
         neighbours //= 2
-    launch(
+    return launch_of(
         kernel,
         -(-N // (THREADS * neighbours)),
-        tensors,
         options,
+        constants,
         device=x.device,
         state=state_dtype(x.dtype),
         steps=T,
@@ -198,8 +207,7 @@ def _launch(kernel, tensors, x, options, *, numbers=(), strides=(), kept=0, **fl
         N=N,
         strides=strides,
         sizes=(row.shape[1], row.stride(1)) if row.dim() > 1 else (1, 1),  # of x [T, B, C, ...]
-        numbers=numbers,
         ALIGNED=together,
         BLOCK=THREADS * neighbours,
-        **flags,
+        **others,
     )

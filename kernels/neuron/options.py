@@ -73,8 +73,11 @@ class Options:
         tau, threshold = (value.expand(channels) for value in values)
         return torch.stack([tau, 1.0 / tau, 1.0 - 1.0 / tau, threshold]).to(dtype)
 
-    def passed(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor | None, tuple[float, ...]]:
-        """What a GPU kernel takes: the constants where one is a tensor, else the numbers by value."""
-        if self.in_tensors:
-            return self.constants(device, dtype), (0.0,) * 4
-        return None, self.numbers()
+    def passed(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+        """What a GPU kernel takes in memory: the constants, where one is a tensor."""
+        return self.constants(device, dtype) if self.in_tensors else None
+
+    @property
+    def by_value(self) -> tuple[float, float, float, float]:
+        """What a GPU kernel takes by value: the numbers, where none is a tensor."""
+        return (0.0,) * 4 if self.in_tensors else self.numbers()

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.triton import argument, start
+from ..launch.triton import Launch, argument
 from ..packing.triton import store_bits
 from ..surrogate.triton import derivative
 from .options import Options
@@ -332,11 +332,11 @@ def chunk_of(time_steps: int, kept: int, most: int) -> int:
     return CHUNK if min(time_steps, CHUNK) * kept <= most else CHUNK // 2
 
 
-def launch(
+def launch_of(
     kernel,
     programs: int,
-    tensors: tuple[Tensor | None, ...],
     options: Options,
+    constants: Tensor | None,  # of the options, the last of the kernel's tensors
     *,
     device: torch.device,
     state: torch.dtype,  # of the potential
@@ -348,19 +348,15 @@ def launch(
     sizes: tuple[int, ...],
     numbers: tuple[float, ...] = (),
     **flags,
-) -> None:
-    """Start a kernel of `tensors`, of a neuron's constants, of `numbers`, of N, strides and chunks, and of `sizes`."""
-    constants, values = options.passed(device, state)
-    start(
+) -> Launch:
+    """Of a kernel that takes, after its tensors, a neuron's constants, `numbers`, N, strides, chunks and `sizes`."""
+    return Launch(
         kernel,
         programs,
-        *tensors,
-        constants,
-        *(argument(value, state) for value in (*values, options.v_reset or 0.0, *numbers)),
-        N,
-        *strides,
-        (steps - 1) // chunk,
-        *sizes,
+        (
+            *(argument(value, state) for value in (*options.by_value, options.v_reset or 0.0, *numbers)),
+            *(N, *strides, (steps - 1) // chunk, *sizes),
+        ),
         device=device,
         num_warps=threads // 32,
         STEPS=(steps - 1) % chunk + 1,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..launch.cupy import ACCESS, NUMBERS, launch, specialised, together
+from ..launch.cupy import ACCESS, NUMBERS, Launch, reach, specialised
 
 SOURCE = Path(__file__).with_name("cuda.cu")
 THREADS = 128  # of a block, as in cuda.cu
@@ -21,15 +21,16 @@ def unpack(packed: Tensor, N: int, dtype: torch.dtype) -> Tensor:
     if spikes.numel() == 0:
         return spikes
     neighbours = ACCESS // dtype.itemsize
-    if not together(neighbours, (spikes,), (N,)):
+    if N % neighbours or neighbours > reach((spikes,)):
         neighbours = 1
-    launch(
+    launch = Launch(
         SOURCE,
         specialised("unpack", NUMBERS[dtype], neighbours),
         T * -(-N // (ACCESSES * THREADS * neighbours)),
         THREADS,
-        (packed.contiguous(), spikes, N),
+        (N,),
         real=torch.float32,  # there are none
         device=packed.device,
     )
+    launch(packed.contiguous(), spikes)
     return spikes

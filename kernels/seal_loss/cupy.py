@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..launch.counters import counters
-from ..launch.cupy import ACCESS, enumerator, launch, shared_memory, specialised
+from ..launch.cupy import ACCESS, Launch, enumerator, shared_memory, specialised
 from .reference import IGNORED, gradient_dtype
 
 SOURCE = Path(__file__).with_name("cuda.cu")
@@ -98,8 +98,8 @@ def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     result = grad if in_place else torch.empty_like(grad, dtype=dtype)
     if size:
         kernel, blocks = _scaling(size, dtype, grad.data_ptr() % ACCESS == 0, in_place)
-        arguments = (grad, factor, size) if in_place else (grad, result, factor, size)
-        launch(SOURCE, kernel, blocks, SCALE_THREADS, arguments, real=torch.float32, device=grad.device)
+        launch = Launch(SOURCE, kernel, blocks, SCALE_THREADS, (size,), real=torch.float32, device=grad.device)
+        launch(grad, *([] if in_place else [result]), factor)
     return result
 
 
@@ -123,16 +123,17 @@ def _launch(objective, logits, tensors, *, numbers, keep):
         B = logits.shape[1]
         workspace = torch.empty(B * kernel.workspace, dtype=torch.float32, device=logits.device)
     alpha, beta, temperature = numbers
-    launch(
+    launch = Launch(
         SOURCE,
         kernel.expression,
         logits.shape[1],
         kernel.threads,
-        (logits, *tensors, workspace, *sizes, float(alpha), float(beta), float(temperature), math.log(logits.shape[2])),
+        (*sizes, float(alpha), float(beta), float(temperature), math.log(logits.shape[2])),
         real=torch.float32,
         device=logits.device,
         shared_bytes=kernel.shared_bytes,
     )
+    launch(logits, *tensors, workspace)
 
 
 def _layout(tensor: Tensor) -> tuple:

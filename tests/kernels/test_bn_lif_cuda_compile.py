@@ -9,6 +9,7 @@ from bn_lif_kernels import PUBLISHED, per_channel, table_of, tensors_of
 from nvrtc import ARCHITECTURES, compiled, needs_cupy
 from seal_fast.kernels.bn_lif import cupy as room
 from seal_fast.kernels.bn_lif.norms import Norm
+from seal_fast.kernels.launch import cupy as launcher
 from seal_fast.kernels.neuron.options import Options
 from seal_fast.kernels.surrogate.reference import Surrogate
 
@@ -22,10 +23,10 @@ def started(monkeypatch):
     """What would be started: kernel -> (expression, blocks)."""
     launches = {}
 
-    def launch(path, expression, blocks, threads, arguments, *, real, device):
+    def start(path, expression, blocks, *_):
         launches.setdefault(expression.split("<")[0], []).append((expression, blocks))
 
-    monkeypatch.setattr(room, "launch", launch)
+    monkeypatch.setattr(launcher, "start", start)
     monkeypatch.setattr(room, "counters", lambda device, number: torch.zeros(number, dtype=torch.int32))
     return launches
 

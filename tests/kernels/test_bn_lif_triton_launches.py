@@ -23,7 +23,7 @@ from bn_lif_kernels import CASES, LAYOUTS, PUBLISHED
 from seal_fast.kernels.bn_lif import triton as kernel
 from seal_fast.kernels.bn_lif import triton_merge, triton_statistics, triton_tiles
 from seal_fast.kernels.bn_lif.norms import Norm
-from seal_fast.kernels.neuron import triton_steps
+from seal_fast.kernels.launch.triton import Launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -41,19 +41,31 @@ def norm_of(y, *, count=0, affine=True, seed=31):
 
 
 def noted(monkeypatch, name):
-    """What a function gives to the launchers, or, of `start`, the names of the kernels that they give to it."""
+    """What a function gives to the launchers."""
     results = []
-    for room in (kernel, triton_statistics, triton_steps):
+    for room in (kernel, triton_statistics):
         function = getattr(room, name, None)
         if function is not None:
 
             def call(*arguments, function=function, **options):
                 result = function(*arguments, **options)
-                results.append(arguments[0].fn.__name__ if name == "start" else result)
+                results.append(result)
                 return result
 
             monkeypatch.setattr(room, name, call)
     return results
+
+
+def started(monkeypatch):
+    """The names of the kernels that are launched from here on."""
+    names, call = [], Launch.__call__
+
+    def noted(self, *tensors):
+        names.append(self.kernel.fn.__name__)
+        call(self, *tensors)
+
+    monkeypatch.setattr(Launch, "__call__", noted)
+    return names
 
 
 @pytest.fixture
@@ -77,7 +89,7 @@ def test_a_layer_launches_few_kernels_and_leaves_its_counters_zero(kind, layout,
     normalised = (y, residual)[: len(scales) // 2]
     norms = [norm_of(x, count=x.numel() // C, seed=i) for i, x in enumerate(normalised)]
     table = torch.empty(2 * len(scales), C, device=DEVICE)
-    names, counters, merges = (noted(monkeypatch, name) for name in ("start", "counters", "merging"))
+    names, counters, merges = started(monkeypatch), *(noted(monkeypatch, name) for name in ("counters", "merging"))
 
     def forward(scales, norms=()):
         options = {"time_steps": T, "static": False, "keep_m": False, "pack": False}

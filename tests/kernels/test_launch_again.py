@@ -79,25 +79,43 @@ def read(parameters: int, codes: str) -> list:
     ]
 
 
-def launch(*arguments, real=torch.float32, device=CUDA, shared_bytes=0, expression="kernel"):
-    cuda_launcher.launch(
-        cuda_room.SOURCE, expression, 5, 128, arguments, real=real, device=device, shared_bytes=shared_bytes
+def launch_of(*numbers, real=torch.float32, device=CUDA, shared_bytes=0, expression="kernel"):
+    return cuda_launcher.Launch(
+        cuda_room.SOURCE, expression, 5, 128, numbers, real=real, device=device, shared_bytes=shared_bytes
     )
 
 
+def launch(*numbers, **options):
+    launch_of(*numbers, **options)()
+
+
 def test_the_second_launch_passes_what_the_first_did(driver):
-    tensor = torch.zeros(3)
-    arguments = (0.5, tensor, None, -7, 0.25, tensor[1:], 2**40)
-    expected = [0.5, tensor.data_ptr(), 0, -7, 0.25, tensor.data_ptr() + 4, 2**40]
-    for _ in range(3):
-        launch(*arguments)
+    tensor, numbers = torch.zeros(3), (0.5, -7, 0.25, 2**40, True)
+    again = launch_of(*numbers)
+    for _ in range(2):
+        again(tensor, None, tensor[1:])
+    launch_of(*numbers)(tensor, None, tensor[1:])
+    expected = [tensor.data_ptr(), 0, tensor.data_ptr() + 4, *numbers]
     assert driver[1] == ("cupy", (5,), (128,), expected, 4096, 0)
     assert driver[2:] == [("driver", 77, 5, 1, 1, 128, 1, 1, 0, 4096, expected)] * 2
-    launch(*arguments[::-1])  # of other types, in other places
-    assert driver[-1] == ("cupy", (5,), (128,), expected[::-1], 4096, 0)
+    again(tensor[1:], tensor, None)
+    assert driver[-1][-1] == [tensor.data_ptr() + 4, tensor.data_ptr(), 0, *numbers]
+    launch_of(*numbers[::-1])(tensor)  # of other types, in other places
+    assert driver[-1] == ("cupy", (5,), (128,), [tensor.data_ptr(), *numbers[::-1]], 4096, 0)
     launch(1.5, 2, real=torch.float64)
     launch(2.5, 3, real=torch.float64)
     assert driver[-1][-1] == [2.5, 3]
+
+
+def test_tensors_reach_as_far_as_the_least_aligned():
+    whole = torch.zeros(64, dtype=torch.bfloat16)
+    assert whole.data_ptr() % 16 == 0
+    assert cuda_launcher.reach((whole, None, whole.float(), whole[8:])) == 16
+    assert cuda_launcher.reach((whole, whole.float(), whole[4:])) == 4
+    assert cuda_launcher.reach((whole[4:], whole[2:])) == 2
+    assert cuda_launcher.reach((whole[4:], torch.zeros(64)[2:])) == 2  # of 4 bytes each
+    assert cuda_launcher.reach((whole[3:],)) == 1
+    assert cuda_launcher.reach((None,)) == 16
 
 
 @pytest.mark.parametrize(
@@ -314,14 +332,69 @@ def test_another_start_is_left_to_triton(launches, arguments, options):
     assert len(chosen) == 2
 
 
+def launch_again(*numbers, **options):
+    return launcher.Launch(copied, 3, numbers, device=CUDA, num_warps=4, **({"BLOCK": 16, "FLAG": True} | options))
+
+
+@needs_repeats
+def test_a_launch_passes_its_numbers_and_other_tensors_each_time(launches):
+    calls, chosen = launches
+    whole = torch.zeros(64)
+    again, another = launch_again(16, 3, 0.5), launch_again(16, 3, 0.25, FLAG=False)
+    for tensors in ((whole, whole[4:]), (whole[8:], whole), (whole[8:], whole)):
+        again(*tensors)
+        assert calls[-1][-1][:2] == [tensor.data_ptr() for tensor in tensors]
+        assert calls[-1][-1][2:] == calls[0][-1][2:]
+    assert len(chosen) == 1
+    assert [call[:4] for call in calls[1:]] == [calls[0][:4]] * 2
+    for _ in range(2):
+        another(whole, None)
+    assert calls[-1] == calls[-2]
+    assert calls[-1][-1][2:5] == [16, 3, 0.25]
+    again(whole, whole)
+    assert calls[-1][-1][2:] == calls[0][-1][2:]
+    assert len(chosen) == 2
+
+
+@needs_repeats
+@pytest.mark.parametrize(
+    "tensors",
+    [(torch.zeros(17)[1:], torch.zeros(16)), (torch.zeros(16).half(), torch.zeros(16)), (torch.zeros(16), None)],
+    ids=["address", "dtype", "none"],
+)
+def test_a_launch_on_other_kinds_of_tensors_is_left_to_triton(launches, tensors):
+    calls, chosen = launches
+    usual, again = (torch.zeros(16), torch.zeros(16)), launch_again(16, 3, 0.5)
+    for given in (usual, tensors, tensors, usual):
+        again(*given)
+    assert len(chosen) == 2
+    assert calls[1] == calls[2] != calls[3]
+    assert calls[3] == calls[0]
+
+
+@needs_repeats
+def test_a_launch_elsewhere_than_on_the_current_device_is_no_repetition(launches, monkeypatch):
+    calls, chosen = launches
+    usual, again = (torch.zeros(16), torch.zeros(16)), launch_again(16, 3, 0.5)
+    again(*usual)
+    monkeypatch.setattr(launcher, "is_current", lambda _device: False)
+    again(*usual)
+    assert len(chosen) == 2
+    assert calls[0] == calls[1]
+
+
 @needs_repeats
 def test_hooks_of_a_kernel_are_run(launches, monkeypatch):
     _, chosen = launches
     usual = [torch.zeros(16), torch.zeros(16), 16, 3, 0.5]
     begin(*usual)
+    again = launch_again(*usual[2:])
+    again(*usual[:2])
+    assert len(chosen) == 1
     monkeypatch.setattr(copied, "pre_run_hooks", [lambda *_, **__: None])
     begin(*usual)
-    assert len(chosen) == 2
+    again(*usual[:2])
+    assert len(chosen) == 3
 
 
 @needs_repeats

@@ -217,11 +217,11 @@ def test_kernels_start_on_the_current_stream_of_the_tensors_device(monkeypatch):
     launcher._function.cache_clear()
     try:
         for index in (1, 0, 1):
-            arguments = (torch.zeros(3), None, 7, 0.1)
-            launcher.launch(
-                room.SOURCE, "kernel", 5, 128, arguments, real=torch.float32, device=torch.device("cuda", index)
+            launch = launcher.Launch(
+                room.SOURCE, "kernel", 5, 128, (7, 0.1), real=torch.float32, device=torch.device("cuda", index)
             )
-        launcher.launch(room.SOURCE, "kernel", 5, 128, (0.1,), real=torch.float64, device=torch.device("cuda", 0))
+            launch(torch.zeros(3), None)
+        launcher.Launch(room.SOURCE, "kernel", 5, 128, (0.1,), real=torch.float64, device=torch.device("cuda", 0))()
     finally:
         launcher._function.cache_clear()
     assert loaded == [(1, b"code"), (0, b"code")]

@@ -14,9 +14,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     # Triton decides when it is imported: kernels are functions of the interpreter then, without code to look at.
     pytest.skip("compiles nothing under TRITON_INTERPRET=1: kernels are interpreted then", allow_module_level=True)
 
+from seal_fast.kernels.launch import triton as launcher
 from seal_fast.kernels.lif import triton as kernel
 from seal_fast.kernels.lif.reference import state_dtype
-from seal_fast.kernels.neuron import triton_steps
 from seal_fast.kernels.neuron.options import Options
 from seal_fast.kernels.surrogate.reference import SURROGATES, Surrogate
 from triton_on_cpu import CAPABILITIES, access_bytes, compiling, machine_code, registers
@@ -211,7 +211,7 @@ def test_constants_in_tensors_are_not_waited_for():
 
 def test_two_to_the_33_neurons_are_counted_in_one_grid(monkeypatch):
     started = []
-    monkeypatch.setattr(triton_steps, "start", lambda *arguments, **options: started.append((arguments, options)))
+    monkeypatch.setattr(launcher, "start", lambda *arguments, **options: started.append((arguments, options)))
     x = torch.empty(2, 1, 4, 2**31, dtype=torch.bfloat16, device="meta")
     kernel.forward(x, None, neuron(), keep_v=True, pack=True)
     ((_, blocks, *arguments), options) = started[0]

@@ -18,8 +18,8 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("torch finds no GPU; test_lif_triton.py runs this file in the interpreter", allow_module_level=True)
 
 from seal_fast import lif
+from seal_fast.kernels.launch.triton import Launch
 from seal_fast.kernels.lif import triton as kernel
-from seal_fast.kernels.neuron import triton_steps
 from seal_fast.kernels.neuron.options import Options
 from seal_fast.kernels.packing.reference import pack
 from seal_fast.kernels.surrogate.reference import SURROGATES, Surrogate
@@ -258,12 +258,12 @@ def test_each_call_starts_one_kernel(monkeypatch):
     """That "triton" means this module's kernels; and no neuron, no kernel."""
     started = []
 
-    def counted(compiled, *arguments, **options):
-        started.append(compiled)
-        start(compiled, *arguments, **options)
+    def counted(self, *tensors):
+        started.append(self.kernel)
+        call(self, *tensors)
 
-    start = triton_steps.start
-    monkeypatch.setattr(triton_steps, "start", counted)
+    call = Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", counted)
     x = numbers(4, 2, 3).to(DEVICE).requires_grad_()
     lif(x, backend="triton")[0].sum().backward()
     assert started == [kernel._forward, kernel._backward]

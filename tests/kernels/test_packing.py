@@ -133,7 +133,7 @@ def test_cuda_source_writes_16_bytes_at_once_and_needs_no_local_memory(arch, mon
 def test_two_to_the_33_spikes_are_counted_in_one_grid(monkeypatch):
     started = []
     monkeypatch.setattr(launcher, "start", lambda *arguments: started.append(arguments))
-    monkeypatch.setattr(cupy, "together", lambda *_: True)
+    monkeypatch.setattr(cupy, "reach", lambda _tensors: cupy.ACCESS)
     cupy.unpack(torch.empty(4, 2**30, dtype=torch.uint8, device="meta"), 2**33, torch.bfloat16)
     ((_, _, blocks, threads, (*_, N), *_),) = started
     assert blocks * threads * cupy.ACCESSES * 8 == 4 * 2**33

@@ -24,10 +24,10 @@ def launches(monkeypatch):
     """What would be started: (expression, blocks, threads, shared_bytes)."""
     started = []
 
-    def launch(path, expression, blocks, threads, arguments, *, real, device, shared_bytes=0):
+    def noted(path, expression, blocks, threads, arguments, codes, device, shared_bytes):
         started.append((expression, blocks, threads, shared_bytes))
 
-    monkeypatch.setattr(room, "launch", launch)
+    monkeypatch.setattr(launcher, "start", noted)
     monkeypatch.setattr(room, "counters", lambda device, number: None)
     monkeypatch.setattr(room, "shared_memory", lambda device: cuda_host.SHARED_MEMORY)
     return started

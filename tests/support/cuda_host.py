@@ -163,20 +163,23 @@ def planning() -> Iterator[None]:
 
 def install(monkeypatch, room) -> None:
     """Let the launcher module `room`, such as kernels.lif.cupy, run its kernels on the CPU until the test's end."""
-    launch, counting = room.launch, []
+    counting = []
 
     def counters(device, number):
         counting.append(np.zeros(number + 64, np.int32))  # by no operation of torch: those of a layer are counted
         return torch.from_numpy(counting[-1])[:number]
 
-    def checked(path, expression, blocks, threads, arguments, *, device, **options):
-        if _planned is None:
-            _check_tensors(kernels(path).parameters(expression), expression, arguments, device)
-        launch(path, expression, blocks, threads, arguments, device=device, **options)
-        assert not any(each.any() for each in counting), f"{expression} does not set its counters back"
-        counting.clear()
+    class Launch(cupy.Launch):
+        def __call__(self, *tensors):
+            path, expression, *_ = self.where
+            if _planned is None:
+                parameters = kernels(path).parameters(expression)
+                _check_tensors(parameters, expression, (*tensors, *self.numbers), self.device)
+            super().__call__(*tensors)
+            assert not any(each.any() for each in counting), f"{expression} does not set its counters back"
+            counting.clear()
 
-    monkeypatch.setattr(room, "launch", checked)
+    monkeypatch.setattr(room, "Launch", Launch)
     monkeypatch.setattr(cupy, "start", start)
     stand_ins = {"shared_memory": lambda device: SHARED_MEMORY, "counters": counters}
     for name, stand_in in stand_ins.items():
