@@ -9,10 +9,6 @@
 constexpr int THREADS = 128;  // of a block, as in cupy.py
 constexpr int COLUMNS = 32;   // of these that lie side by side along the channels, at most, as in cupy.py
 
-// a b + c in one rounding where that is one instruction: for gradients and sums.
-SEAL_FN float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-SEAL_FN double multiply_add(double a, double b, double c) { return a * b + c; }
-
 // Where a thread stands: `columns` threads lie side by side along the channels, and the block's rows of threads, with
 // those of all `slices` blocks that have these channels, a tile of them, along the rest.
 template <int SETS>

@@ -1,12 +1,9 @@
 // Batch norm, residual and the multi-step LIF neuron in CUDA C++, in the layouts of tensors.py: rows of N numbers that
 // are [outer, C, inner], inner being the channels' stride.
 //
-// forward and backward take VECTOR neighbouring neurons through all T steps in registers, as lif/cuda.cu does, and make
-// the membrane input m there. Sums by channel are partial sums of blocks; the last block of the same channels adds them
-// up, and makes what follows.
-#include "../neuron/constants.cuh"
-#include "../neuron/neuron.cuh"
-#include "../surrogate/surrogate.cuh"
+// neuron/steps.cuh has the loop over time, in which forward and backward make the membrane input m. Sums by channel are
+// partial sums of blocks; the last block of the same channels adds them up, and makes what follows.
+#include "../neuron/steps.cuh"
 #include "channels.cuh"
 #include "statistics.cuh"
 
@@ -17,15 +14,37 @@ constexpr int SCALES = RESIDUAL == NORMALISED ? 4 : 2;
 template <int RESIDUAL>
 constexpr int SUMS = RESIDUAL == NORMALISED ? 3 : 2;
 
-// In the order of tensors.py, each operation rounded.
-template <int RESIDUAL, typename Real, int SETS>
-SEAL_FN Real membrane_input(const Table<Real, SETS, SCALES<RESIDUAL>>& scales, int set, Real y, Real residual) {
-  const Real normalised = y * scales.row[0].at[set] + scales.row[1].at[set];
-  if (RESIDUAL == NONE) return normalised;
-  if (RESIDUAL == PLAIN) return normalised + residual;
-  constexpr int LAST = SCALES<RESIDUAL> - 1;
-  return normalised + (residual * scales.row[LAST - 1].at[set] + scales.row[LAST].at[set]);
-}
+// The current of VECTOR neurons from n on is m; with GRAD_M, its own gradient is read with it, for backward.
+template <typename Number, int VECTOR, int SETS, int RESIDUAL, bool GRAD_M = false>
+struct MembraneInput {
+  typedef State<Number> Real;
+  struct Step { Group<Number, VECTOR> y, residual = {}, grad_m = {}; };
+  const Number* y;
+  const Number* residual;
+  int64_t y_stride, residual_stride, n;
+  const Table<Real, SETS, SCALES<RESIDUAL>>& scales;
+  const Number* grad_m = nullptr;
+  int64_t m_stride = 0;
+
+  template <bool ORDERED>
+  SEAL_INLINE Step fetch(int64_t t) const {
+    Step step;
+    if (GRAD_M && (m_stride || t == 0)) step.grad_m = read<VECTOR, ORDERED>(grad_m + t * m_stride + n);
+    if (RESIDUAL) step.residual = read<VECTOR, ORDERED>(residual + t * residual_stride + n);
+    step.y = read<VECTOR, ORDERED>(y + t * y_stride + n);
+    return step;
+  }
+
+  // In the order of tensors.py, each operation rounded.
+  SEAL_INLINE Real current(const Step& step, int i) const {
+    const Real normalised = load(step.y.at[i]) * scales.row[0].at[i % SETS] + scales.row[1].at[i % SETS];
+    if (RESIDUAL == NONE) return normalised;
+    const Real other = load(step.residual.at[i]);
+    if (RESIDUAL == PLAIN) return normalised + other;
+    constexpr int LAST = SCALES<RESIDUAL> - 1;
+    return normalised + (other * scales.row[LAST - 1].at[i % SETS] + scales.row[LAST].at[i % SETS]);
+  }
+};
 
 // A norm with fixed statistics; null pointers as in NormRows.
 template <typename Real>
@@ -108,37 +127,9 @@ __global__ void __launch_bounds__(THREADS, 1) bn_lif_forward(
   }
   Group<Real, VECTOR> v = row_or<VECTOR>(static_cast<const Real*>(nullptr), n, reset);
 
-  const int64_t steps = LONG ? T : STEPS;
-  for (int64_t first = 0; first < steps; first += STEPS) {
-    Group<Number, VECTOR> rows[STEPS] = {}, added[RESIDUAL ? STEPS : 1] = {};
-#pragma unroll
-    for (int t = 0; t < STEPS; ++t) {
-      if (!inside || (LONG && first + t >= T)) break;
-      rows[t] = read<VECTOR>(y + (first + t) * y_stride + n);
-      if (RESIDUAL) added[RESIDUAL ? t : 0] = read<VECTOR>(residual + (first + t) * residual_stride + n);
-    }
-#pragma unroll
-    for (int t = 0; t < STEPS; ++t) {
-      if (LONG && first + t >= T) break;
-      Group<Number, VECTOR> fired, input;
-      uint32_t bits = 0;
-#pragma unroll
-      for (int i = 0; i < VECTOR; ++i) {
-        const int set = SETS > 1 ? i : 0;
-        const Real other = RESIDUAL ? load(added[RESIDUAL ? t : 0].at[i]) : Real(0);
-        const Real current = membrane_input<RESIDUAL>(table, set, load(rows[t].at[i]), other);
-        const Real h = charge<CHARGE>(v.at[i], current, of.tau(set), of.inverse_tau(set), of.decay(set), reset);
-        const Real spike = fire(h, of.threshold(set));
-        v.at[i] = reset_potential<SOFT>(h, spike, of.threshold(set), reset);
-        store(fired.at[i], spike);
-        store(input.at[i], current);
-        bits |= (inside && spike != 0 ? 1u : 0u) << i;
-      }
-      if (inside) write<true>(spikes + (first + t) * N + n, fired);
-      if (inside && m && (m_stride || first + t == 0)) write<true>(m + (first + t) * m_stride + n, input);
-      if (PACK) write_bits<VECTOR>(packed + (first + t) * ((N + 7) / 8), bits, n, inside);
-    }
-  }
+  const MembraneInput<Number, VECTOR, SETS, RESIDUAL> input = {y, residual, y_stride, residual_stride, n, table};
+  steps_forward<Number, VECTOR, STEPS, LONG, CHARGE, SOFT, PACK>(
+      input, of, v, spikes, packed, m, m_stride, T, N, n, inside, reset);
 }
 
 // Sums by channel, and what norms.py makes of them, of a tile's channels from `first` on; each operation rounded.
@@ -230,9 +221,7 @@ bn_lif_backward(
     State<Number> reset,
     State<Number> alpha) {
   typedef State<Number> Real;
-  constexpr bool ORDERED = !LONG;  // else the chunks' addresses leave too few registers
-  constexpr bool DECAY_INPUT = CHARGE == FILTER_DIVIDE || CHARGE == FILTER_MULTIPLY;
-  constexpr int ADDED = RESIDUAL ? STEPS : 1, DIRECT = GRAD_M ? STEPS : 1;
+  typedef MembraneInput<Number, VECTOR, SETS, RESIDUAL, GRAD_M> Input;
   Walk<VECTOR, SETS> walk(channels, inner, columns, slices);
   Table<Real, SETS, SCALES<RESIDUAL>> table = {};
   Table<Real, SETS, SUMS<RESIDUAL> - 1> mean = {};
@@ -242,114 +231,33 @@ bn_lif_backward(
     mean.in_memory(norms + SCALES<RESIDUAL> * channels, channels, walk.channel);
     if (constants) of.in_memory(constants, constant_channels, 1, PER_CHANNEL ? walk.channel : 0);
   }
-  const auto charged = [&](int i, Real v, Number current, Number other) {
-    const int set = SETS > 1 ? i : 0;
-    const Real m = membrane_input<RESIDUAL>(table, set, load(current), RESIDUAL ? load(other) : Real(0));
-    return charge<CHARGE>(v, m, of.tau(set), of.inverse_tau(set), of.decay(set), reset);
-  };
-  const auto after = [&](int i, Real h) {
-    const Real level = of.threshold(SETS > 1 ? i : 0);
-    return reset_potential<SOFT>(h, fire(h, level), level, reset);
-  };
-
-  const int64_t last = LONG ? (T - 1) / STEPS : 0;  // chunk
   Sums<Real, SUMS<RESIDUAL>> mine[SETS] = {};
   for (; walk.inside && walk.position < positions; walk.next()) {
     const int64_t n = walk.n;
-    Group<Real, VECTOR> v = row_or<VECTOR>(static_cast<const Real*>(nullptr), n, reset);
-    for (int64_t chunk = 0; chunk < last; ++chunk) {
-      Group<Number, VECTOR> rows[STEPS], added[ADDED] = {};
-#pragma unroll
-      for (int t = 0; t < STEPS; ++t) {
-        rows[t] = read<VECTOR>(y + (chunk * STEPS + t) * y_stride + n);
-        if (RESIDUAL) added[RESIDUAL ? t : 0] = read<VECTOR>(residual + (chunk * STEPS + t) * residual_stride + n);
+    const Input input = {y, residual, y_stride, residual_stride, n, table, grad_m, m_stride};
+    Group<Real, VECTOR> c = {};
+    Sums<Real, SUMS<RESIDUAL>> own[VECTOR] = {};
+    const auto take = [&](const typename Input::Step& step, int i, Real dm) {
+      if (GRAD_M) dm += load(step.grad_m.at[i]);
+      auto& sum = own[i].at;
+      sum[0] += dm;
+      sum[1] = multiply_add(dm, load(step.y.at[i]) - mean.row[0].at[i % SETS], sum[1]);
+      if (RESIDUAL == NORMALISED) {
+        constexpr int LAST = SUMS<RESIDUAL> - 1;
+        sum[LAST] = multiply_add(dm, load(step.residual.at[i]) - mean.row[LAST - 1].at[i % SETS], sum[LAST]);
       }
-#pragma unroll
-      for (int t = 0; t < STEPS; ++t) {
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) {
-          v.at[i] = after(i, charged(i, v.at[i], rows[t].at[i], added[RESIDUAL ? t : 0].at[i]));
-        }
-      }
-      write<true>(checkpoints + chunk * N + n, v);
-    }
-
-    Group<Real, VECTOR> c = {}, total = {}, threshold_sum = {}, inverse_tau_sum = {};  // c is ∂L/∂v_t
-    Real with_y[VECTOR] = {}, with_residual[VECTOR] = {};
-    for (int64_t chunk = last; chunk >= 0; --chunk) {
-      if (LONG && chunk < last) {
-        v = row_or<VECTOR>(chunk ? checkpoints + (chunk - 1) * N : static_cast<const Real*>(nullptr), n, reset);
-      }
-      const Group<Real, VECTOR> before = v;
-      const int64_t first = chunk * STEPS;
-      Group<Number, VECTOR> rows[STEPS], upstream[STEPS], added[ADDED] = {}, direct[DIRECT] = {};
-      Real h[STEPS][VECTOR];
-#pragma unroll
-      for (int i = 0; i < STEPS; ++i) {
-        const int t = ORDERED ? STEPS - 1 - i : i;
-        if (LONG && first + t >= T) break;
-        if (GRAD_M && (m_stride || first + t == 0)) {
-          direct[GRAD_M ? t : 0] = read<VECTOR, ORDERED>(grad_m + (first + t) * m_stride + n);
-        }
-        upstream[t] = read<VECTOR, ORDERED>(grad_spikes + (first + t) * N + n);
-        if (RESIDUAL) added[RESIDUAL ? t : 0] = read<VECTOR, ORDERED>(residual + (first + t) * residual_stride + n);
-        rows[t] = read<VECTOR, ORDERED>(y + (first + t) * y_stride + n);
-      }
-#pragma unroll
-      for (int t = 0; t < STEPS; ++t) {
-        if (LONG && first + t >= T) break;
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) {
-          h[t][i] = charged(i, v.at[i], rows[t].at[i], added[RESIDUAL ? t : 0].at[i]);
-          v.at[i] = after(i, h[t][i]);
-        }
-      }
-#pragma unroll
-      for (int t = STEPS - 1; t >= 0; --t) {
-        if (LONG && first + t >= T) continue;
-        Group<Number, VECTOR> gradient;
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) {
-          const int set = SETS > 1 ? i : 0;
-          const Real level = of.threshold(set), spike = fire(h[t][i], level), a = load(upstream[t].at[i]);
-          const Real current = load(rows[t].at[i]), other = RESIDUAL ? load(added[RESIDUAL ? t : 0].at[i]) : Real(0);
-          const Real g = surrogate_derivative<SURROGATE>(h[t][i] - level, alpha);
-          const Real slope = reset_slope<SOFT, DETACH>(h[t][i], spike, g, level, reset);
-          const Real dh = multiply_add(a, g, c.at[i] * slope);
-          if (PARAMETERS) {
-            const Real of_level = reset_threshold_slope<SOFT, DETACH>(h[t][i], spike, g, level, reset);
-            threshold_sum.at[i] += c.at[i] * of_level - a * g;
-            const Real distance = (t ? after(i, h[t ? t - 1 : 0][i]) : before.at[i]) - reset;
-            const Real m = DECAY_INPUT ? membrane_input<RESIDUAL>(table, set, current, other) : Real(0);
-            inverse_tau_sum.at[i] += dh * (m - distance);
-          }
-          c.at[i] = dh * of.decay(set);
-          Real dm = DECAY_INPUT ? dh * of.inverse_tau(set) : dh;
-          if (GRAD_M) dm += load(direct[GRAD_M ? t : 0].at[i]);
-          total.at[i] += dm;
-          with_y[i] = multiply_add(dm, current - mean.row[0].at[set], with_y[i]);
-          if (RESIDUAL == NORMALISED) {
-            with_residual[i] = multiply_add(dm, other - mean.row[SUMS<RESIDUAL> - 2].at[set], with_residual[i]);
-          }
-          store(gradient.at[i], dm);
-        }
-        if (grad_steps) write<true>(grad_steps + (first + t) * N + n, gradient);
-      }
-    }
-    Group<Number, VECTOR> sum;
+      return dm;
+    };
+    steps_backward<Number, VECTOR, STEPS, LONG, CHARGE, SOFT, DETACH, SURROGATE, PARAMETERS>(
+        input, of, nullptr, c, grad_spikes, N, grad_steps, grad_threshold, grad_inverse_tau, checkpoints, T, N, n,
+        reset, alpha, take);
+    Group<Number, VECTOR> total;
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
-      const int set = SETS > 1 ? i : 0;
-      store(sum.at[i], total.at[i]);
-      mine[set].at[0] += total.at[i];
-      mine[set].at[1] += with_y[i];
-      if (RESIDUAL == NORMALISED) mine[set].at[SUMS<RESIDUAL> - 1] += with_residual[i];
+      mine[i % SETS].merge(own[i]);
+      store(total.at[i], own[i].at[0]);
     }
-    if (grad_total) write<true>(grad_total + n, sum);
-    if (PARAMETERS) {
-      write<true>(grad_threshold + n, threshold_sum);
-      write<true>(grad_inverse_tau + n, inverse_tau_sum);
-    }
+    if (grad_total) write<true>(grad_total + n, total);
   }
   const auto place = Place<SETS>::again(channels, columns);
   const NormGradients<Real, SUMS<RESIDUAL> - 1> made = {

@@ -1,7 +1,12 @@
-// Access of CUDA kernels to neighbouring numbers: 16 bytes at once, or less where there is less.
+// Access of CUDA kernels to neighbouring numbers: 16 bytes at once, or less where there is less; and what arithmetic
+// they have besides that of numbers.h.
 #pragma once
 
 #include "numbers.h"
+
+// a b + c in one rounding where that is one instruction: for gradients and sums.
+SEAL_FN float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+SEAL_FN double multiply_add(double a, double b, double c) { return a * b + c; }
 
 template <int BYTES>
 struct WordOf { typedef uint4 type; };

@@ -1,15 +1,20 @@
-// The multi-step LIF neuron in CUDA C++. x is T rows of N numbers, each row dense in memory, whatever its shape.
-//
-// A thread takes VECTOR neighbouring neurons through all T steps in registers: forward reads x once and writes the
-// spikes; backward reads x and the spikes' gradient once, goes through the steps again, then back, and writes x's.
-// All loads of up to STEPS steps are issued before the first is used. Where T is more (LONG), steps go in chunks of
-// STEPS, and backward keeps the potentials between chunks in memory.
-#include "../launch/access.cuh"
-#include "../surrogate/surrogate.cuh"
-#include "../neuron/constants.cuh"
-#include "../neuron/neuron.cuh"
+// The multi-step LIF neuron in CUDA C++: neuron/steps.cuh has the loop over time. x is T rows of N numbers, each
+// row dense in memory, whatever its shape.
+#include "../neuron/steps.cuh"
 
 constexpr int THREADS = 128;  // of a block, as in cupy.py
+
+// The current of VECTOR neurons from n on is x itself.
+template <typename Number, int VECTOR>
+struct Rows {
+  typedef Group<Number, VECTOR> Step;
+  const Number* x;
+  int64_t stride, n;
+
+  template <bool ORDERED>
+  SEAL_INLINE Step fetch(int64_t t) const { return read<VECTOR, ORDERED>(x + t * stride + n); }
+  SEAL_INLINE State<Number> current(const Step& step, int i) const { return load(step.at[i]); }
+};
 
 template <typename Number, int VECTOR, int STEPS, bool LONG, int CHARGE, bool SOFT, bool PER_CHANNEL, bool PACK>
 __global__ void __launch_bounds__(THREADS, 1) lif_forward(
@@ -36,31 +41,9 @@ __global__ void __launch_bounds__(THREADS, 1) lif_forward(
   if (inside && constants) of.in_memory(constants, channels, channel_stride, n);
   Group<State<Number>, VECTOR> v = row_or<VECTOR>(inside ? v_init : nullptr, n, reset);
 
-  const int64_t steps = LONG ? T : STEPS;
-  for (int64_t first = 0; first < steps; first += STEPS) {
-    Group<Number, VECTOR> rows[STEPS] = {};
-#pragma unroll
-    for (int t = 0; t < STEPS; ++t) {
-      if (inside && (!LONG || first + t < T)) rows[t] = read<VECTOR>(x + (first + t) * x_stride + n);
-    }
-#pragma unroll
-    for (int t = 0; t < STEPS; ++t) {
-      if (LONG && first + t >= T) break;
-      Group<Number, VECTOR> fired;
-      uint32_t bits = 0;
-#pragma unroll
-      for (int i = 0; i < VECTOR; ++i) {
-        const State<Number> current = load(rows[t].at[i]);
-        const State<Number> h = charge<CHARGE>(v.at[i], current, of.tau(i), of.inverse_tau(i), of.decay(i), reset);
-        const State<Number> spike = fire(h, of.threshold(i));
-        v.at[i] = reset_potential<SOFT>(h, spike, of.threshold(i), reset);
-        store(fired.at[i], spike);
-        bits |= (inside && spike != 0 ? 1u : 0u) << i;
-      }
-      if (inside) write<true>(spikes + (first + t) * N + n, fired);
-      if (PACK) write_bits<VECTOR>(packed + (first + t) * ((N + 7) / 8), bits, n, inside);
-    }
-  }
+  const Rows<Number, VECTOR> rows = {x, x_stride, n};
+  steps_forward<Number, VECTOR, STEPS, LONG, CHARGE, SOFT, PACK>(
+      rows, of, v, spikes, packed, nullptr, 0, T, N, n, inside, reset);
   if (inside && v_last) write<true>(v_last + n, v);
 }
 
@@ -90,84 +73,15 @@ __global__ void __launch_bounds__(THREADS, 1) lif_backward(
     State<Number> reset,
     State<Number> alpha) {
   typedef State<Number> Real;
-  constexpr bool ORDERED = !LONG;  // else the chunks' addresses leave too few registers
-  constexpr bool DECAY_INPUT = CHARGE == FILTER_DIVIDE || CHARGE == FILTER_MULTIPLY;
   const int64_t n = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * VECTOR;
   if (n >= N) return;
   Constants<Real, VECTOR, PER_CHANNEL> of = {{{tau, inverse_tau, decay, threshold}}};
   if (constants) of.in_memory(constants, channels, channel_stride, n);
 
-  const auto charged = [&](int i, Real v, Number current) {
-    return charge<CHARGE>(v, load(current), of.tau(i), of.inverse_tau(i), of.decay(i), reset);
-  };
-  const auto after = [&](int i, Real h) {
-    return reset_potential<SOFT>(h, fire(h, of.threshold(i)), of.threshold(i), reset);
-  };
-
-  Group<Real, VECTOR> v = row_or<VECTOR>(v_init, n, reset);
-  const int64_t last = LONG ? (T - 1) / STEPS : 0;  // chunk
-  for (int64_t chunk = 0; chunk < last; ++chunk) {
-    Group<Number, VECTOR> rows[STEPS];
-#pragma unroll
-    for (int t = 0; t < STEPS; ++t) rows[t] = read<VECTOR>(x + (chunk * STEPS + t) * x_stride + n);
-#pragma unroll
-    for (int t = 0; t < STEPS; ++t) {
-#pragma unroll
-      for (int i = 0; i < VECTOR; ++i) v.at[i] = after(i, charged(i, v.at[i], rows[t].at[i]));
-    }
-    write<true>(checkpoints + chunk * N + n, v);
-  }
-
-  Group<Real, VECTOR> c = row_or<VECTOR>(grad_v_last, n, Real(0));  // ∂L/∂v_t
-  Group<Real, VECTOR> threshold_sum = {}, inverse_tau_sum = {};
-  for (int64_t chunk = last; chunk >= 0; --chunk) {
-    if (LONG && chunk < last) {
-      v = chunk ? read<VECTOR>(checkpoints + (chunk - 1) * N + n) : row_or<VECTOR>(v_init, n, reset);
-    }
-    const Group<Real, VECTOR> before = v;
-    const int64_t first = chunk * STEPS;
-    Group<Number, VECTOR> rows[STEPS], upstream[STEPS];
-    Real h[STEPS][VECTOR];
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-      const int t = ORDERED ? STEPS - 1 - i : i;
-      if (LONG && first + t >= T) break;
-      upstream[t] = read<VECTOR, ORDERED>(grad_spikes + (first + t) * grad_stride + n);
-      rows[t] = read<VECTOR, ORDERED>(x + (first + t) * x_stride + n);
-    }
-#pragma unroll
-    for (int t = 0; t < STEPS; ++t) {
-      if (LONG && first + t >= T) break;
-#pragma unroll
-      for (int i = 0; i < VECTOR; ++i) {
-        h[t][i] = charged(i, v.at[i], rows[t].at[i]);
-        v.at[i] = after(i, h[t][i]);
-      }
-    }
-#pragma unroll
-    for (int t = STEPS - 1; t >= 0; --t) {
-      if (LONG && first + t >= T) continue;
-      Group<Number, VECTOR> gradient;
-#pragma unroll
-      for (int i = 0; i < VECTOR; ++i) {
-        const Real spike = fire(h[t][i], of.threshold(i)), a = load(upstream[t].at[i]);
-        const Real g = surrogate_derivative<SURROGATE>(h[t][i] - of.threshold(i), alpha);
-        const Real dh = a * g + c.at[i] * reset_slope<SOFT, DETACH>(h[t][i], spike, g, of.threshold(i), reset);
-        if (PARAMETERS) {
-          const Real slope = reset_threshold_slope<SOFT, DETACH>(h[t][i], spike, g, of.threshold(i), reset);
-          threshold_sum.at[i] += c.at[i] * slope - a * g;
-          const Real distance = (t ? after(i, h[t ? t - 1 : 0][i]) : before.at[i]) - reset;
-          inverse_tau_sum.at[i] += dh * (DECAY_INPUT ? load(rows[t].at[i]) - distance : -distance);
-        }
-        c.at[i] = dh * of.decay(i);
-        store(gradient.at[i], DECAY_INPUT ? dh * of.inverse_tau(i) : dh);
-      }
-      write<true>(grad_x + (first + t) * N + n, gradient);
-    }
-  }
+  const Rows<Number, VECTOR> rows = {x, x_stride, n};
+  Group<Real, VECTOR> c = row_or<VECTOR>(grad_v_last, n, Real(0));
+  steps_backward<Number, VECTOR, STEPS, LONG, CHARGE, SOFT, DETACH, SURROGATE, PARAMETERS>(
+      rows, of, v_init, c, grad_spikes, grad_stride, grad_x, grad_threshold, grad_inverse_tau, checkpoints, T, N, n,
+      reset, alpha, [](const Group<Number, VECTOR>&, int, Real gradient) { return gradient; });
   if (grad_v_init) write<true>(grad_v_init + n, c);
-  if (PARAMETERS) {
-    write<true>(grad_threshold + n, threshold_sum);
-    write<true>(grad_inverse_tau + n, inverse_tau_sum);
-  }
 }

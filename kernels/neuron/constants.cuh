@@ -16,10 +16,10 @@ struct Constants {
   static constexpr int SETS = PER_CHANNEL ? VECTOR : 1;
   Real set[SETS][4];
 
-  SEAL_INLINE Real tau(int i) const { return set[PER_CHANNEL ? i : 0][0]; }
-  SEAL_INLINE Real inverse_tau(int i) const { return set[PER_CHANNEL ? i : 0][1]; }
-  SEAL_INLINE Real decay(int i) const { return set[PER_CHANNEL ? i : 0][2]; }
-  SEAL_INLINE Real threshold(int i) const { return set[PER_CHANNEL ? i : 0][3]; }
+  SEAL_INLINE Real tau(int i) const { return set[i % SETS][0]; }
+  SEAL_INLINE Real inverse_tau(int i) const { return set[i % SETS][1]; }
+  SEAL_INLINE Real decay(int i) const { return set[i % SETS][2]; }
+  SEAL_INLINE Real threshold(int i) const { return set[i % SETS][3]; }
 
   SEAL_INLINE void in_memory(const Real* constants, int64_t channels, int64_t channel_stride, int64_t n) {
     int64_t channel = PER_CHANNEL ? n / channel_stride % channels : 0, place = PER_CHANNEL ? n % channel_stride : 0;

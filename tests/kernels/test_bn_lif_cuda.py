@@ -169,13 +169,13 @@ def fixed():
 
 BREAKS = {
     "nothing": (VARYING, "", ""),
-    "rows of a static y N apart": (STATIC, "(first + t) * y_stride + n", "(first + t) * N + n"),
-    "rows of a static m N apart": (STATIC, "write<true>(m + (first + t) * m_stride", "write<true>(m + (t + 1) * N"),
-    "its gradient at each step": (STATIC, "GRAD_M && (m_stride || first + t == 0)", "GRAD_M"),
+    "rows of a static y N apart": (STATIC, "input = {y, residual, y_stride", "input = {y, residual, N"),
+    "rows of a static m N apart": (STATIC, "currents + (first + t) * currents_stride", "currents + (t + 1) * N"),
+    "its gradient at each step": (STATIC, "GRAD_M && (m_stride || t == 0)", "GRAD_M"),
     "another chunk's checkpoint": (STATIC, "checkpoints + (chunk - 1) * N", "checkpoints + chunk * N"),
-    "products without the mean": (VARYING, "dm, current - mean.row[0].at[set]", "dm, current"),
-    "the other mean": (VARYING, "mean.row[SUMS<RESIDUAL> - 2]", "mean.row[0]"),
-    "no scale of the residual": (VARYING, "residual * scales.row[LAST - 1].at[set]", "residual"),
+    "products without the mean": (VARYING, "load(step.y.at[i]) - mean.row[0].at[i % SETS]", "load(step.y.at[i])"),
+    "the other mean": (VARYING, "mean.row[LAST - 1]", "mean.row[0]"),
+    "no scale of the residual": (VARYING, "other * scales.row[LAST - 1].at[i % SETS]", "other"),
     "the last position left out": (
         VARYING,
         "walk.inside && walk.position < positions; walk.next()",

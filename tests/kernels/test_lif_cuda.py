@@ -167,17 +167,17 @@ def test_numbers_of_any_python_type_reach_the_kernel_as_floats():
 BREAKS = {
     "nothing": ("", ""),
     "fires above the threshold only": (
-        "const State<Number> spike = fire(h, of.threshold(i));",
-        "const State<Number> spike = h > of.threshold(i) ? 1 : 0;",
+        "const Real spike = fire(h, of.threshold(i));",
+        "const Real spike = h > of.threshold(i) ? 1 : 0;",
     ),
     "1/tau for the decay": (
-        "decay(int i) const { return set[PER_CHANNEL ? i : 0][2]",
+        "decay(int i) const { return set[i % SETS][2]",
         "decay(int i) const { return set[0][1]",
     ),
-    "sign of the reset's slope": ("c.at[i] * reset_slope<", "-c.at[i] * reset_slope<"),
+    "sign of the reset's slope": ("multiply_add(c.at[i], slope,", "multiply_add(-c.at[i], slope,"),
     "no bound in forward": ("const bool inside = n < N;", "const bool inside = true;"),
     "no bound in backward": ("if (n >= N) return;", ""),
-    "rows of x N apart": ("x + (first + t) * x_stride + n", "x + (first + t) * N + n"),
+    "rows of x N apart": ("rows = {x, x_stride, n}", "rows = {x, N, n}"),
     "rows of the gradient N apart": ("(first + t) * grad_stride + n", "(first + t) * N + n"),
     "another chunk's checkpoint": ("checkpoints + (chunk - 1) * N + n)", "checkpoints + chunk * N + n)"),
     "no v_init": ("inside ? v_init : nullptr, n, reset", "inside ? nullptr : v_init, n, reset"),
