@@ -58,13 +58,13 @@ class BackwardOutputs(NamedTuple):
 
 def dense(y: Tensor) -> Tensor:
     """`y` itself if its rows y[0], y[1], … are dense and lie one after the other, else a copy of which this is true."""
-    return y if is_dense(y) and (y.shape[0] == 1 or y.stride(0) == y[0].numel()) else y.contiguous()
+    return y if is_dense(y) and (y.shape[0] < 2 or y.stride(0) == _row(y)) else y.contiguous()
 
 
 def alike(tensor: Tensor, y: Tensor) -> Tensor:
     """`tensor` [rows, C, ...] itself if its rows lie as those of y, dense and one after the other; else a copy."""
-    strides = (y[0].numel(), *y.stride()[1:])
-    if all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True)):
+    strides, own = (_row(y), *y.stride()[1:]), tensor.stride()
+    if own == strides or all(size == 1 or a == b for size, a, b in zip(tensor.shape, own, strides, strict=True)):
         return tensor
     return _empty(tensor.shape[0], y, tensor.dtype).copy_(tensor)
 
@@ -78,7 +78,7 @@ def inputs(y: Tensor, residual: Tensor | None, time_steps: int, *, static: bool)
     """Both in place or, where no kernel takes their layout, copied."""
     y = dense(y)
     batch = y.shape[0] if static else y.shape[0] // time_steps
-    N = batch * y[0].numel()
+    N = batch * _row(y)
     if residual is not None:
         residual = alike(residual, y)
     varies = residual is not None and residual.shape[0] > batch
@@ -88,7 +88,7 @@ def inputs(y: Tensor, residual: Tensor | None, time_steps: int, *, static: bool)
 def forward_outputs(given: Inputs, *, keep_m: bool, pack: bool) -> ForwardOutputs:
     """Room for what the forward pass is asked for."""
     y, T = given.y, given.T
-    batch = given.N // y[0].numel()
+    batch = given.N // _row(y)
     rows = T * batch if given.y_stride or given.residual_stride else batch
     m = _empty(rows, y) if keep_m else None
     packed = torch.empty((T, (given.N + 7) // 8), dtype=torch.uint8, device=y.device) if pack else None
@@ -98,7 +98,7 @@ def forward_outputs(given: Inputs, *, keep_m: bool, pack: bool) -> ForwardOutput
 def backward_outputs(given: Inputs, norms: int, *, steps: bool, total: bool, parameters: bool) -> BackwardOutputs:
     """Room for what the backward pass is asked for, of a layer of so many batch norms."""
     y, state = given.y, state_dtype(given.y.dtype)
-    batch = given.N // y[0].numel()
+    batch = given.N // _row(y)
     return BackwardOutputs(
         _empty(given.T * batch, y) if steps else None,
         _empty(batch, y) if total else None,
@@ -107,6 +107,11 @@ def backward_outputs(given: Inputs, norms: int, *, steps: bool, total: bool, par
     )
 
 
+def _row(y: Tensor) -> int:
+    """Elements of y[0]."""
+    return y.numel() // y.shape[0]
+
+
 def _empty(rows: int, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    strides = (y[0].numel(), *y.stride()[1:])
+    strides = (_row(y), *y.stride()[1:])
     return torch.empty_strided((rows, *y.shape[1:]), strides, dtype=dtype or y.dtype, device=y.device)

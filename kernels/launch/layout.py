@@ -7,6 +7,8 @@ import torch
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the tensor's elements fill one block of memory, in any order of its axes."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:

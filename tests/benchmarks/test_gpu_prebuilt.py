@@ -94,6 +94,39 @@ for operator in (times.lif, times.packing):
     assert len(found["2"]) == 6
 
 
+LAYER = """
+import torch
+from gpu import fake; fake.install()
+import seal_fast
+from torch import nn
+
+def results(backend):
+    torch.manual_seed(0)
+    y, residual = (torch.randn(8, 8, 4, 4, requires_grad=True) for _ in range(2))
+    bn, residual_bn, node = nn.BatchNorm2d(8), nn.BatchNorm2d(8), seal_fast.nn.LIFNode(backend=backend)
+    found = []
+    for training in (True, True, False, False):  # with a plan, and again
+        layer = {"residual": residual, "residual_bn": residual_bn.train(training), "time_steps": 4}
+        spikes = seal_fast.bn_lif(y, bn.train(training), node, **layer)
+        found += [spikes, *torch.autograd.grad(spikes.sum(), (y, residual, bn.weight, residual_bn.bias))]
+        with torch.no_grad():
+            found.append(seal_fast.bn_lif(y, bn, node, **layer))
+    return [*found, bn.running_mean, residual_bn.running_var]
+
+expected = results("cpu")
+for backend in ("triton", "cupy"):
+    for left, right in zip(results(backend), expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
+"""
+
+
+def test_a_rehearsal_goes_through_a_layer_in_training_and_in_evaluation(tmp_path):
+    job = all_stages(rehearse=True)["smoke"].jobs[0]
+    job = type(job)("layer", ("-c", LAYER))
+    run({"smoke": Stage(300, (job,))}, tmp_path, 300, {**prebuilt.environment(tmp_path), **REHEARSAL})
+    assert [entry["ended"] for entry in read(tmp_path)] == ["ok"], (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
 def test_kernels_of_another_compiler_are_not_used(packed, tmp_path, monkeypatch):
     file, _ = packed
     own = prebuilt.keys()
