@@ -18,6 +18,10 @@ def test_values(tmp_path):
     interpret(tmp_path, ["kernels/test_lif_triton_values.py"], at_least=160)
 
 
+def test_repeated_launches(tmp_path):
+    interpret(tmp_path, ["kernels/test_repeated_launches.py"], at_least=6)
+
+
 @pytest.mark.long
 def test_values_of_more_runs(tmp_path):
     interpret(tmp_path, ["kernels/test_lif_triton_values.py"], "-m", "long", at_least=1, timeout=3600)
