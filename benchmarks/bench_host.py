@@ -22,6 +22,7 @@ import peers
 import published
 import published_loss
 import seal_fast
+import without_gpu
 from seal_fast.models.snn import Neuron, ResNet
 
 T, CHANNELS, CLASSES = 4, 8, 10
@@ -38,6 +39,7 @@ def spikingjelly(device: torch.device) -> dict:
 DEVICE = measure.device()
 NEURONS = {"batch norm, ReLU": nn.ReLU, **spikingjelly(DEVICE)}
 CONTESTANTS = [*NEURONS, "seal-fast"]
+LAUNCHERS = ["batch norm, ReLU", "seal-fast cpu", "seal-fast triton", "seal-fast cupy"]
 OPERATORS = {
     "lif": ["torch loop", "seal-fast"],
     "seal_loss": ["published, eager", "seal-fast reference", "seal-fast"],
@@ -77,12 +79,15 @@ def step_of(contestant: str):
 
 
 def layer_of(contestant: str, mode: str):
-    """Batch norm and neurons of [T·B, C, 2, 2], B = 2: forward alone, with the backward pass, or in evaluation."""
+    """Batch norm and neurons of [T·B, C, 2, 2], B = 2: forward alone, with the backward pass, or in evaluation.
+
+    A backend may follow "seal-fast".
+    """
     torch.manual_seed(0)
     y = torch.randn(2 * T, CHANNELS, 2, 2).to(DEVICE).requires_grad_()
     bn, upstream = nn.BatchNorm2d(CHANNELS).to(DEVICE).train(mode != "evaluation"), torch.randn(y.shape).to(DEVICE)
-    if contestant == "seal-fast":
-        node = seal_fast.nn.LIFNode(decay_input=False)
+    if contestant.startswith("seal-fast"):
+        node = seal_fast.nn.LIFNode(decay_input=False, backend=contestant.removeprefix("seal-fast").strip() or "auto")
         run = functools.partial(seal_fast.bn_lif, bn=bn, lif=node, time_steps=T)
     else:
         neurons = NEURONS[contestant]()
@@ -151,6 +156,24 @@ def test_host_of_a_layer(contest, mode, contestant):
         kernels=len(counts.kernels),
         torch_operations=len(counts.operations),
     )
+
+
+@pytest.fixture
+def without_the_driver():
+    """Launchers of GPU kernels take CPU tensors, and start nothing."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    with without_gpu.without_the_driver():
+        yield
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the GPU's own launches are timed above")
+@pytest.mark.benchmark(timer=measure.replay)
+@pytest.mark.parametrize("contestant", LAUNCHERS)
+@pytest.mark.parametrize("mode", ["forward", "both", "evaluation"])
+@pytest.mark.usefixtures("without_the_driver")
+def test_host_of_launchers(contest, mode, contestant):
+    group = f"host, batch norm and neurons but for the driver's calls, {mode}, [{2 * T}, {CHANNELS}, 2, 2]"
+    contest(group, contestant, lambda: functools.partial(layer_of, mode=mode))
 
 
 @pytest.mark.benchmark(timer=measure.replay)

@@ -54,11 +54,10 @@ def counted(run: Callable[[], object]) -> Counts:
         stack.enter_context(mock.patch.object(cpu, "function", note))
         for name, module in [*sys.modules.items()]:
             if name == "seal_fast.kernels.launch.triton":  # whose launches start a kernel by `start` but once
-                note = noted(module.Launch.__call__, lambda launch, *_tensors: launch.kernel.fn.__name__)
+                note = noted(module.Launch.__call__, _name_of_triton)
                 stack.enter_context(mock.patch.object(module.Launch, "__call__", note))
-            elif name.startswith("seal_fast.kernels.") and hasattr(module, "start"):
-                name_of = _name_of_cupy if name.endswith("launch.cupy") else _name_of_triton
-                stack.enter_context(mock.patch.object(module, "start", noted(module.start, name_of)))
+            elif name == "seal_fast.kernels.launch.cupy":
+                stack.enter_context(mock.patch.object(module, "start", noted(module.start, _name_of_cupy)))
         operations = stack.enter_context(_Operations())
         run()
     return Counts(kernels, operations.names)
@@ -68,5 +67,5 @@ def _name_of_cupy(_path, expression: str, *_others) -> str:
     return expression.partition("<")[0]
 
 
-def _name_of_triton(kernel, *_others) -> str:
-    return kernel.fn.__name__
+def _name_of_triton(launch, *_tensors) -> str:
+    return launch.kernel.fn.__name__

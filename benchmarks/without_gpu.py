@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
+import types
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
@@ -62,6 +64,47 @@ def compiling(capability: int) -> Iterator[list]:
         JITFunction.run = run
         if torch.cuda.is_available():  # else there is no driver to return to
             driver.reset_active()
+
+
+@contextlib.contextmanager
+def without_the_driver() -> Iterator[None]:
+    """Backends triton and cupy take CPU tensors and do all that repeated launches do, but for the driver's calls.
+
+    So it shows what launchers cost the host. What kernels would write is left as it is.
+    """
+    from seal_fast.kernels.launch import cupy, triton
+
+    zeros, prepared = torch.zeros(1 << 16, dtype=torch.int32), {}
+
+    def nothing(*_arguments, **_options):
+        pass
+
+    def counters(_device, _number):  # no Mock: it would be timed
+        return zeros
+
+    def found(kernel, _blocks, *arguments, device, num_warps, **constants):
+        return nothing, triton.last_arguments(kernel, arguments, constants)
+
+    def start(path, expression, blocks, threads, arguments, codes, device, shared_bytes=0):
+        key = path, expression, device, codes
+        if key not in prepared:
+            prepared[key] = cupy.Prepared(types.SimpleNamespace(ptr=0), codes, shared_bytes, nothing)
+        prepared[key].start(blocks, threads, arguments, 0, shared_bytes)
+
+    operators = [importlib.import_module(f"seal_fast.ops.{name}") for name in ("lif", "bn_lif", "seal_loss")]
+    with contextlib.ExitStack() as stack:
+        for operator in operators:
+            stack.callback(operator._plans.clear)  # their launches would go on to start nothing
+            stack.enter_context(mock.patch.object(operator, "resolve", lambda backend, *_: backend))
+        rooms = [f"{operator}.{backend}" for operator in ("bn_lif", "seal_loss") for backend in ("triton", "cupy")]
+        for name in (*rooms, "bn_lif.triton_statistics"):
+            room = importlib.import_module(f"seal_fast.kernels.{name}")
+            stack.enter_context(mock.patch.object(room, "counters", counters))
+        stand_ins = {"start": found, "is_current": lambda _device: True, "current_stream": lambda _device: 0}
+        for name, stand_in in stand_ins.items():
+            stack.enter_context(mock.patch.object(triton, name, stand_in))
+        stack.enter_context(mock.patch.object(cupy, "start", start))
+        yield
 
 
 def triton_kernels(capability: int, call: Callable[[], object]) -> list[Kernel]:

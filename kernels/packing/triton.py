@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.triton import ACCESS, aligned, size, start
+from ..launch.triton import ACCESS, Launch, aligned, size
 
 THREADS = 128  # of a program
 WRITTEN = 8192  # bytes that a program of _unpack writes, in accesses of 16
@@ -48,15 +48,14 @@ def unpack(packed: Tensor, N: int, dtype: torch.dtype) -> Tensor:
         return spikes
     wide = aligned(dtype, N)
     block = WRITTEN // dtype.itemsize if wide else SINGLY
-    start(
+    launch = Launch(
         _unpack,
         T * -(-N // block),
-        packed.contiguous(),
-        spikes,
-        N,
+        (N,),
         device=packed.device,
         num_warps=THREADS // 32,
         ALIGNED=ACCESS // dtype.itemsize if wide else 1,
         BLOCK=block,
     )
+    launch(packed.contiguous(), spikes)
     return spikes

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch.counters import counters
-from ..launch.triton import ACCESS, aligned, size, start
+from ..launch.triton import ACCESS, Launch, aligned, size
 from . import reference
 from .triton_chunk import (
     add_similarities,
@@ -313,16 +313,9 @@ def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     N, together = grad.numel(), ACCESS // dtype.itemsize
     result = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
     kernel, tensors = (_scale, (grad, factor)) if result is grad else (_narrow, (grad, result, factor))
-    start(
-        kernel,
-        -(-N // SCALED),
-        *tensors,
-        N,
-        device=grad.device,
-        num_warps=8,
-        ALIGNED=together if N % together == 0 else 1,
-        BLOCK=SCALED,
-    )
+    wide = together if N % together == 0 else 1
+    launch = Launch(kernel, -(-N // SCALED), (N,), device=grad.device, num_warps=8, ALIGNED=wide, BLOCK=SCALED)
+    launch(*tensors)
     return result
 
 
@@ -334,17 +327,8 @@ def _launch(logits, tensors, numbers, objective):
         *(logits.shape, logits.stride(), logits.dtype, teacher.stride(), teacher.dtype, label_stride),
         *(TILE, LABELS, MOST_PROGRAMS),
     )
-    start(
-        _seal_loss,
-        blocks,
-        logits,
-        *tensors,
-        *numbers,
-        *sizes,
-        device=logits.device,
-        OBJECTIVE=objective,
-        **options,
-    )
+    launch = Launch(_seal_loss, blocks, (*numbers, *sizes), device=logits.device, OBJECTIVE=objective, **options)
+    launch(logits, *tensors)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from seal_fast.kernels.launch import triton as launcher
 from seal_fast.kernels.packing import triton as kernel
 from triton_on_cpu import CAPABILITIES, access_bytes, compiling, registers
 from triton_process import interpret
@@ -51,7 +52,7 @@ def test_sizes_do_not_compile_anew():
 
 def test_two_to_the_33_spikes_are_counted_in_one_grid(monkeypatch):
     started = []
-    monkeypatch.setattr(kernel, "start", lambda *arguments, **options: started.append((arguments, options)))
+    monkeypatch.setattr(launcher, "start", lambda *arguments, **options: started.append((arguments, options)))
     kernel.unpack(torch.empty(4, 2**30, dtype=torch.uint8, device="meta"), 2**33, torch.bfloat16)
     (((_, blocks, *_, N), options),) = started
     assert blocks * options["BLOCK"] == 4 * 2**33

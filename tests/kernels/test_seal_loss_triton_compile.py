@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     # Triton decides when it is imported: kernels are functions of the interpreter then, without code to look at.
     pytest.skip("compiles nothing under TRITON_INTERPRET=1: kernels are interpreted then", allow_module_level=True)
 
+from seal_fast.kernels.launch import triton as launcher
 from seal_fast.kernels.seal_loss import triton as kernel
 from triton_on_cpu import CAPABILITIES, access_bytes, compiling, registers
 
@@ -172,7 +173,7 @@ def test_a_launch_only_allocates(logits):
 
 def test_two_to_the_33_logits_are_addressed(monkeypatch):
     started = []
-    monkeypatch.setattr(kernel, "start", lambda *arguments, **options: started.append((arguments, options)))
+    monkeypatch.setattr(launcher, "start", lambda *arguments, **options: started.append((arguments, options)))
     logits = torch.empty(4, 2**16, 2**15, dtype=torch.bfloat16, device="meta")
     teacher_logits = torch.empty(2**16, 2**15, device="meta")
     kernel.forward(
