@@ -70,6 +70,8 @@ def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
     Where that is grad's own, it is multiplied in place, and neither read nor written if the factor is 1.
     """
+    if grad.dtype == dtype and factor.item() == 1:
+        return grad
     result = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
     factor, wide = factor.to(state_dtype(dtype)), None if result is grad else grad.data_ptr()
     pointers = {"values": result.data_ptr(), "wide": wide, "factor": factor.data_ptr()}

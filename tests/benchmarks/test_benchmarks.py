@@ -1,5 +1,6 @@
 """The benchmarks run, in their smallest sizes, and say what they should."""
 
+import importlib.util
 import subprocess
 import sys
 from importlib.metadata import version
@@ -90,8 +91,12 @@ def test_training_step_is_raced(tiny):
 def test_the_hosts_time_and_what_it_starts_are_measured(tiny):
     output, _, table = tiny
     groups = of(table, "host")
+    launchers = {name: groups.pop(name) for name in list(groups) if "but for the driver's calls" in name}
     assert len(groups) == 1 + 3 + 3
     assert all("seal-fast" in contestants and len(contestants) > 1 for contestants in groups.values())
+    assert len(launchers) == (3 if importlib.util.find_spec("triton") else 0)
+    for contestants in launchers.values():
+        assert set(contestants) == {"batch norm, ReLU", "seal-fast cpu", "seal-fast triton", "seal-fast cupy"}
     for mode, kernels in {"forward": 1, "both": 2, "evaluation": 1}.items():  # of native code, on the CPU
         group = f"host, batch norm and neurons, {mode}, [8, 8, 2, 2]"
         assert of(table, "host", "kernels")[group] == {name: kernels * (name == "seal-fast") for name in groups[group]}
