@@ -159,10 +159,10 @@ def test_host_of_a_layer(contest, mode, contestant):
 
 
 @pytest.fixture
-def without_the_driver():
+def without_launches():
     """Launchers of GPU kernels take CPU tensors, and start nothing."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    with without_gpu.without_the_driver():
+    with without_gpu.without_launches():
         yield
 
 
@@ -170,9 +170,9 @@ def without_the_driver():
 @pytest.mark.benchmark(timer=measure.replay)
 @pytest.mark.parametrize("contestant", LAUNCHERS)
 @pytest.mark.parametrize("mode", ["forward", "both", "evaluation"])
-@pytest.mark.usefixtures("without_the_driver")
+@pytest.mark.usefixtures("without_launches")
 def test_host_of_launchers(contest, mode, contestant):
-    group = f"host, batch norm and neurons but for the driver's calls, {mode}, [{2 * T}, {CHANNELS}, 2, 2]"
+    group = f"host, batch norm and neurons without the launches, {mode}, [{2 * T}, {CHANNELS}, 2, 2]"
     contest(group, contestant, lambda: functools.partial(layer_of, mode=mode))
 
 

@@ -185,8 +185,7 @@ def _replaced(kernel, results):
         kernel(*arguments, **options)
         if original is not None:
             arguments[0].copy_(original)
-        for name in ("keep", "launches"):  # in a GPU's shared memory; what a plan remembers
-            options.pop(name, None)
+        options.pop("keep", None)  # in a GPU's shared memory
         return results(*arguments, **options)
 
     return functools.wraps(kernel)(run)

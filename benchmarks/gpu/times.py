@@ -21,6 +21,7 @@ from torch import nn
 import seal_fast
 from gpu import clock, record
 from gpu.machine import copy_bandwidth
+from seal_fast.ops._dispatch import Plans
 
 F32, BF16 = torch.float32, torch.bfloat16
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
@@ -155,8 +156,9 @@ def candidates(operator: str, backend: str) -> None:
                 place, _, constant = name.rpartition(".")
                 module = importlib.import_module(f"seal_fast.kernels.{place}")
                 patches.enter_context(mock.patch.object(module, constant, value))
-            for name in ("lif", "bn_lif"):  # plans hold launches that were made with other values
-                importlib.import_module(f"seal_fast.ops.{name}")._plans.clear()
+            for name in ("lif", "bn_lif"):  # plans keep launches, which are made with the candidate's values
+                module = importlib.import_module(f"seal_fast.ops.{name}")
+                patches.enter_context(mock.patch.object(module, "_plans", Plans()))
             shown = ", ".join(f"{name} = {value}" for name, value in settings.items()) or "as it is"
             FIRST_ARGUMENTS[operator](backend, BF16, candidate=shown, profiled=True)
 

@@ -1,4 +1,7 @@
-"""Native CPU kernels of batch norm + residual + LIF; cpu.cpp says how they go through memory."""
+"""Native CPU kernels of batch norm + residual + LIF; cpu.cpp says how they go through memory.
+
+There is nothing to remember of launches here: a plan of its own lays the arguments of native code out.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     return means, variances
 
 
-def fill_table(table: Tensor, index: int, y: Tensor, norm: Norm) -> None:
+def fill_table(table: Tensor, index: int, y: Tensor, norm: Norm, *, launches: dict | None = None) -> None:
     """Write the table's rows of norm `index` for y [N, C, ...], and update the norm's running statistics."""
     y = dense(y)
     tensors = {**dict(zip(_OF_NORM, norm.tensors, strict=True)), "table": table, "y": y}
@@ -47,6 +50,7 @@ def forward(
     keep_m: bool,
     pack: bool,
     norms: tuple[Norm, ...] = (),
+    launches: dict | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Spikes [T·B, C, ...] in y's dtype and layout; if asked for, the membrane input, and the spikes as bits."""
     if scales is None:
@@ -74,6 +78,7 @@ def backward(
     steps: bool,
     total: bool,
     parameters: bool,
+    launches: dict | None = None,
 ) -> BackwardOutputs:
     """Gradients of the membrane input, of θ and 1/τ, and of the norms."""
     given = inputs(y, residual, time_steps, static=static)
@@ -90,7 +95,9 @@ def backward(
     return outputs
 
 
-def normalised_gradient(grad: Tensor, y: Tensor | None, coefficients: Tensor, *, in_place: bool) -> Tensor:
+def normalised_gradient(
+    grad: Tensor, y: Tensor | None, coefficients: Tensor, *, in_place: bool, launches: dict | None = None
+) -> Tensor:
     """c0 grad + c1 y + c2, or c0 grad without y, for coefficients [3, C]; in grad's memory with `in_place`."""
     grad = dense(grad)
     out = grad if in_place else torch.empty_like(grad)
@@ -105,7 +112,12 @@ class Plan(plan.Plan):
     def __init__(
         self, kernel, y: Tensor, residual: Tensor | None, options: Options, norms: list[Norm], kind: Kind, group
     ):
+        self.of_norms = [_numbers(norm) for norm in norms]
         super().__init__(kernel, y, residual, options, norms, kind, group)
+
+    def lay(self, y: Tensor, residual: Tensor | None) -> None:  # noqa: D102
+        super().lay(y, residual)
+        kind = self.kind
         given = inputs(y, residual, kind.time_steps, static=kind.static)
         self.copies = given.y is not y or given.residual is not residual
         self.dtype, self.device, self.C, self.channel_stride = y.dtype, y.device, given.C, given.channel_stride
@@ -116,14 +128,14 @@ class Plan(plan.Plan):
         self.of_m = self.steps if varies else self.row
         self.strides = (y[0].numel(), *given.y.stride()[1:])
         self.packed = (kind.time_steps, (given.N + 7) // 8)
-        self.arguments = _layout(given, len(norms))
+        self.arguments = _layout(given, len(self.counts))
         self.arguments.fills_table = True
-        for norm, into in zip(norms, _norms_of(self.arguments), strict=False):
-            for name, value in _numbers(norm).items():
+        for numbers, into in zip(self.of_norms, _norms_of(self.arguments), strict=False):
+            for name, value in numbers.items():
                 setattr(into, name, value)
         self.constants = None
-        if not options.in_tensors:
-            self.arguments.neuron, self.constants = self._neuron(options)
+        if not self.learned:
+            self.arguments.neuron, self.constants = self._neuron(self.options)
 
     def forward(self, y, residual, options, table, norms):  # noqa: D102
         if self.copies:

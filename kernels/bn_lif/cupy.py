@@ -12,7 +12,7 @@ from torch import Tensor
 from ..launch.counters import counters
 from ..launch.cupy import ACCESS, NUMBERS, Launch, reach, specialised
 from ..launch.device import multiprocessors
-from ..launch.memory import remembered
+from ..launch.launches import remembered
 from ..lif.reference import state_dtype
 from ..neuron.cupy import passed
 from ..neuron.options import Options

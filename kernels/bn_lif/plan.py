@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 from typing import NamedTuple
 
@@ -56,11 +57,23 @@ class Plan:
         self.counts = tuple(norm.count for norm in norms)
         self.numbers = [norm.numbers for norm in norms]
         self.dtypes = [None if each is None else each.dtype for norm in norms for each in norm.tensors[:2]]
-        self.state = state_dtype(y.dtype)
+        self.state, self.learned = state_dtype(y.dtype), options.in_tensors
         batch = y.shape[0] if kind.static else y.shape[0] // kind.time_steps
-        # The functions of a GPU's room remember their launches.
-        self.remember = {"launches": {}} if kernel.__name__.endswith((".triton", ".cupy")) else {}
         self.fixed = [kind.static, residual is not None and residual.shape[0] == batch]  # over time: y and residual
+        self.lay(y, residual)
+
+    def lay(self, y: Tensor, residual: Tensor | None) -> None:
+        """Find out what depends on how the layer's inputs lie."""
+        self.layout = _strides(y), _strides(residual)
+        self.launches: dict = {}  # of a GPU
+
+    def for_layout(self, y: Tensor, residual: Tensor | None) -> Plan:
+        """This plan, or one for inputs that lie in another way, as what was saved for the backward pass may."""
+        if self.layout == (_strides(y), _strides(residual)):
+            return self
+        other = copy.copy(self)
+        other.lay(y, residual)
+        return other
 
     def table(self, y: Tensor) -> Tensor:
         """Room for what norms.py says."""
@@ -78,12 +91,12 @@ class Plan:
         given = [Norm(*tensors, *numbers) for tensors, numbers in zip(norms, self.numbers, strict=False)]
         call = self.kind._asdict()
         if given and table is None and not any(self.counts):
-            return self.kernel.forward(y, residual, None, options, **call, norms=tuple(given), **self.remember)
+            return self.kernel.forward(y, residual, None, options, **call, norms=tuple(given), launches=self.launches)
         if table is None:
             table = self.table(y)
         for i, norm in enumerate(given):
-            self.kernel.fill_table(table, i, residual if i else y, norm, **self.remember)
-        return self.kernel.forward(y, residual, scales(table), options, **call, **self.remember)
+            self.kernel.fill_table(table, i, residual if i else y, norm, launches=self.launches)
+        return self.kernel.forward(y, residual, scales(table), options, **call, launches=self.launches)
 
     def backward(
         self,
@@ -106,7 +119,7 @@ class Plan:
             steps=any(want and not fixed for want, fixed in zip(wanted, self.fixed, strict=True)),
             total=any(want and fixed for want, fixed in zip(wanted, self.fixed, strict=True)),
             parameters=options.in_tensors,
-            **self.remember,
+            launches=self.launches,
         )
         coefficients = found.coefficients
         if self.group is not None:
@@ -118,10 +131,15 @@ class Plan:
                 needed_again = i == 0 and wanted[1] and self.fixed[0] == self.fixed[1]
                 source = None if isinstance(count, int) and count == 0 else source
                 of_norm = coefficients[3 * i : 3 * i + 3]
-                in_place = not needed_again
-                grads[i] = kernel.normalised_gradient(rows[i], source, of_norm, in_place=in_place, **self.remember)
+                grads[i] = kernel.normalised_gradient(
+                    rows[i], source, of_norm, in_place=not needed_again, launches=self.launches
+                )
         grads += [found.grad_threshold, found.grad_inverse_tau]
         # Not as views, which autograd.grad would hand out: changing one in place would count as a change of the others.
         for row, dtype in zip(found.grad_norms.unbind(), self.dtypes, strict=True):
             grads.append(None if dtype is None else row.data.to(dtype))
         return grads
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tensor.stride()

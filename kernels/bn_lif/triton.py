@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch.counters import counters
-from ..launch.memory import remembered
+from ..launch.launches import remembered
 from ..launch.triton import ACCESS, Launch, number, size
 from ..neuron.options import Options
 from ..neuron.triton import constants_of
@@ -123,7 +123,7 @@ def _backward(
     sum_y = sum_m
     for _ in tl.range(tiles, num_stages=STAGES):
         n, mask = tile_at(position, offset, inside, c, C, inner, positions, LAST, ROWS, COLS, ALIGNED)
-        _, total, total_y, total_residual, total_threshold, total_inverse_tau = run_backward(
+        _dv, total, total_y, total_residual, total_threshold, total_inverse_tau = run_backward(
             tl.full([ROWS, COLS], reset, STATE), tl.zeros([ROWS, COLS], STATE), y, residual, grad_spikes, grad_m,
             grad_steps, checkpoints, n, mask, x_stride, residual_stride, N, N,
             scale, shift, residual_scale, residual_shift, mean, residual_mean,

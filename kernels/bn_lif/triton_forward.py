@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.memory import remembered
+from ..launch.launches import remembered
 from ..launch.triton import ACCESS, Launch, number, size
 from ..lif.reference import state_dtype
 from ..neuron.options import Options

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch.counters import counters
-from ..launch.memory import remembered
+from ..launch.launches import remembered
 from ..launch.triton import ACCESS, Launch, argument, size
 from ..lif.reference import state_dtype
 from .norms import Norm

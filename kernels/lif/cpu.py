@@ -24,6 +24,7 @@ def forward(
     *,
     keep_v: bool,
     pack: bool,
+    launches: dict | None = None,  # of GPUs, as the next
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Spikes [T, ...] in x's dtype and layout; if asked for, the last potential [...] and packed spikes."""
     x = as_rows(x)
@@ -38,6 +39,7 @@ def backward(
     options: Options,
     *,
     parameters: bool,
+    launches: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of x [T, ...] and v_init [...]; with `parameters`, each neuron's part [...] in those of θ and 1/τ."""
     x = as_rows(x)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..launch.cupy import ACCESS, NUMBERS, Launch, reach, specialised
-from ..launch.memory import remembered
+from ..launch.launches import remembered
 from ..neuron.cupy import passed
 from ..neuron.options import Options
 from .reference import state_dtype

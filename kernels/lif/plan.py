@@ -10,7 +10,7 @@ from ..neuron.options import Options
 
 
 class Plan:
-    """What calls of lif that differ in their tensors' elements alone share: a GPU's launches, if no room has its own.
+    """What calls of lif that differ in their tensors' elements alone share. A room's own may find out more, once.
 
     Args:
         kernel: The room's module.
@@ -23,7 +23,14 @@ class Plan:
     def __init__(self, kernel: ModuleType, x: Tensor, options: Options, keep_v: bool, pack: bool):
         self.kernel, self.keep_v, self.pack = kernel, keep_v, pack
         self.options, self.parameters = options.without_tensors(), options.in_tensors
-        self.launches: dict = {}
+        self.layout = x.stride()
+        self.launches: dict = {}  # of a GPU
+
+    def for_layout(self, x: Tensor, options: Options) -> Plan:
+        """This plan, or one for x where it lies in another way, as what was saved for the backward pass may."""
+        if x.stride() == self.layout:
+            return self
+        return type(self)(self.kernel, x, options, self.keep_v, self.pack)
 
     def forward(
         self, x: Tensor, v_init: Tensor | None, options: Options

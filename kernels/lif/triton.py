@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch.memory import remembered
+from ..launch.launches import remembered
 from ..launch.triton import ACCESS, Launch, aligned, number, size
 from ..neuron.options import Options
 from ..neuron.triton import constants_of

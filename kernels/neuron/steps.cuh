@@ -6,7 +6,7 @@
 //
 // A kernel's Input is what drives the neurons: fetch<ORDERED>(t) reads a Step of it, as `read` does, and of this
 // current(step, i) makes the current of neuron i. Pointers are those of lif_forward and lif_backward; n is the first of
-// the thread's neurons.
+// the thread's neurons. `of` are their Constants.
 #pragma once
 
 #include "../launch/access.cuh"

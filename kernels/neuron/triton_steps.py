@@ -41,7 +41,7 @@ from .triton import (
 CHUNK = 16  # most time steps that are in registers at once; half of them where a thread keeps too much of each
 
 # Triton would compile anew for sizes that are 1 or divisible by 16, as those of another batch or resolution may be. It
-# is kept from it; all that kernels need to know is ALIGNED, which has two values for each dtype.
+# is kept from it; all that kernels need to know is ALIGNED, which has few values for each dtype.
 BY_VALUE = ["tau", "inverse_tau", "decay", "threshold", "reset", "N", "x_stride", "chunks"]
 
 

@@ -31,6 +31,13 @@ class Plan:
 
     def __init__(self, kernel: ModuleType, logits: Tensor, teacher_logits: Tensor, labels: Tensor, options: Options):
         self.kernel, self.options, self.dtype = kernel, options, logits.dtype
+        self.layout = logits.stride(), teacher_logits.stride(), labels.stride()
+
+    def for_layout(self, logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Plan:
+        """This plan, or one for tensors that lie in another way, as what was saved for the backward pass may."""
+        if self.layout == (logits.stride(), teacher_logits.stride(), labels.stride()):
+            return self
+        return type(self)(self.kernel, logits, teacher_logits, labels, self.options)
 
     def forward(self, logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Loss, ce, ela and sta [4]; and if asked for the gradient [T, B, K] in gradient_dtype."""

@@ -211,7 +211,8 @@ class _Fused(torch.autograd.Function):
 
         def run():
             options = plan.options.with_tensors(tau, threshold)
-            grads = plan.backward(grad_spikes, grad_m, y, residual, options, table, ctx.needs_input_grad[3:5])
+            needs = ctx.needs_input_grad[3:5]
+            grads = plan.for_layout(y, residual).backward(grad_spikes, grad_m, y, residual, options, table, needs)
             grads[2:4] = _neuron.parameter_gradients(*grads[2:4], tau, threshold)
             return grads
 

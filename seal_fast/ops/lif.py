@@ -242,7 +242,8 @@ class _Eager(torch.autograd.Function):
 
         def run():
             options = ctx.plan.options.with_tensors(tau, threshold)
-            grads = ctx.plan.backward(_or_zeros(grad_spikes, x), grad_v_last, x, v_init, options)
+            plan = ctx.plan.for_layout(x, options)
+            grads = plan.backward(_or_zeros(grad_spikes, x), grad_v_last, x, v_init, options)
             return _of_inputs(grads, v_init, tau, threshold)
 
         return None, *once("lif", run, grad_spikes, grad_v_last, x, v_init, tau, threshold)

@@ -255,7 +255,7 @@ class _Eager(torch.autograd.Function):
         def run():
             grad, ctx.grad = ctx.grad, None
             if grad is None:  # the graph was retained for another pass: only then what was given must be unchanged
-                _, grad = ctx.plan.forward(*ctx.saved_tensors)
+                _, grad = ctx.plan.for_layout(*ctx.saved_tensors).forward(*ctx.saved_tensors)
             return [ctx.plan.scaled(grad, grad_loss)]
 
         inputs = ctx.saved_tensors[:1] if torch.is_grad_enabled() else ()

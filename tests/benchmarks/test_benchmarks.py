@@ -91,7 +91,7 @@ def test_training_step_is_raced(tiny):
 def test_the_hosts_time_and_what_it_starts_are_measured(tiny):
     output, _, table = tiny
     groups = of(table, "host")
-    launchers = {name: groups.pop(name) for name in list(groups) if "but for the driver's calls" in name}
+    launchers = {name: groups.pop(name) for name in list(groups) if "without the launches" in name}
     assert len(groups) == 1 + 3 + 3
     assert all("seal-fast" in contestants and len(contestants) > 1 for contestants in groups.values())
     assert len(launchers) == (3 if importlib.util.find_spec("triton") else 0)

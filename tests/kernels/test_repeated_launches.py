@@ -57,7 +57,9 @@ def upstream_of(out, kind, seed):
     return normal(*out.shape, seed=seed, dtype=out.dtype, shift=kind == "unaligned")
 
 
-CALLS = [(shift, upstream) for shift in (0, 1, 4) for upstream in ("whole", "expanded", "unaligned")]
+# Triton's launches tell apart by themselves where tensors begin, and the interpreter takes long.
+SHIFTS, UPSTREAMS = ((0, 1), ("whole", "expanded")) if INTERPRETED else ((0, 1, 4), ("whole", "expanded", "unaligned"))
+CALLS = [(shift, upstream) for shift in SHIFTS for upstream in UPSTREAMS]
 
 
 def neuron_calls(backend, dtype):
@@ -85,11 +87,11 @@ def layer_calls(backend, dtype, rows=T * B):
         y = normal(*shape, seed=seed, dtype=dtype, shift=shift).requires_grad_()
         residual = normal(rows, *shape[1:], seed=seed + 50, dtype=dtype, shift=4 - shift).requires_grad_(seed % 3 > 0)
         options = {"residual": residual, "residual_bn": residual_bn, "time_steps": T, "return_membrane_input": True}
-        bn.train(seed % 4 != 3)
-        residual_bn.train(seed % 5 != 4)
+        bn.train(seed % 4 < 2)
+        residual_bn.train(seed % 8 < 4)
         spikes, m = bn_lif(y, bn, node, **options)
         leaves = (y, bn.weight, residual_bn.bias, *([residual] if residual.requires_grad else []))
-        ends = (spikes, m) if seed % 2 else (spikes,)
+        ends = (spikes, m) if seed % 3 == 1 else (spikes,)
         grads = [upstream_of(spikes, kind, seed + 99), upstream_of(m, kind, seed + 199)][: len(ends)]
         found += [spikes.detach(), m.detach(), *torch.autograd.grad(ends, leaves, grads)]
         with torch.no_grad():
@@ -115,8 +117,63 @@ def test_calls_that_share_a_plan(case, dtype, backend):
     operator, (calls, kinds) = case.partition(",")[0], CASES[case]
     expected = calls("cpu", dtype)
     with on_the_cpu(lambda: calls(backend, dtype)):
-        before = dict(plans(operator))
+        plans(operator).clear()
         found = calls(backend, dtype)
-    assert len(plans(operator)) - len(before) <= kinds
-    for i, (left, right) in enumerate(zip(found, expected, strict=True)):
+        assert len(plans(operator)) == kinds
+        made = sum(len(plan.launches) for plan in plans(operator).values())
+        again = calls(backend, dtype)
+        assert sum(len(plan.launches) for plan in plans(operator).values()) == made > kinds  # each is found again
+    for i, (left, right, same) in enumerate(zip(found, expected, again, strict=True)):
         assert (left - right).abs().max() <= TOLERANCE[dtype] * right.abs().max(), i
+        assert torch.equal(left, same), i
+
+
+@pytest.mark.parametrize("backend", [BACKEND])
+def test_repeated_calls_make_no_launch(backend, monkeypatch):
+    launcher = importlib.import_module(f"seal_fast.kernels.launch.{backend}")
+    with on_the_cpu(lambda: [each(backend, torch.float32) for each in (neuron_calls, layer_calls)]):
+        for each in (neuron_calls, layer_calls):
+            each(backend, torch.float32)
+        made = []
+        init = launcher.Launch.__init__
+        monkeypatch.setattr(launcher.Launch, "__init__", lambda *a, **k: (made.append(a), init(*a, **k))[0])
+        for each in (neuron_calls, layer_calls):
+            each(backend, torch.float32)
+        assert made == []
+        plans("lif").clear()
+        neuron_calls(backend, torch.float32)
+        assert made
+
+
+def contiguous(tensor):
+    """What a hook that moves saved tensors elsewhere may give back."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def hooked_calls(backend):
+    """Gradients of inputs whose copies come back contiguous in the backward pass, each after one without hooks."""
+    torch.manual_seed(0)
+    x = normal(T, B, C, SIDE, SIDE, seed=1).transpose(2, 4).contiguous().transpose(2, 4)
+    gaps, y = normal(T, 2 * B, C, SIDE, seed=2)[:, :B], x.flatten(0, 1)
+    bn, node, tau = nn.BatchNorm2d(C), LIFNode(decay_input=False, backend=backend), torch.linspace(1.5, 3.0, C)
+    found = []
+    for leaf, run in (
+        (gaps, lambda leaf: lif(leaf, backend=backend)[0]),
+        (x, lambda leaf: lif(leaf, tau=tau, backend=backend)[0]),
+        (y, lambda leaf: bn_lif(leaf, bn, node, time_steps=T, residual=leaf.detach())),
+    ):
+        leaf = leaf.detach().requires_grad_()
+        for hooks in (contextlib.nullcontext(), torch.autograd.graph.saved_tensors_hooks(contiguous, contiguous)):
+            with hooks:
+                spikes = run(leaf)
+            found += torch.autograd.grad(spikes, leaf, normal(*spikes.shape, seed=3))
+    return found
+
+
+@pytest.mark.parametrize("backend", [BACKEND])
+def test_what_was_saved_may_come_back_in_another_layout(backend):
+    expected = hooked_calls("torch")
+    with on_the_cpu(lambda: hooked_calls(backend)):
+        found = hooked_calls(backend)
+    for i, (left, right) in enumerate(zip(found, expected, strict=True)):
+        assert (left - right).abs().max() <= TOLERANCE[torch.float32] * right.abs().max(), i

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from seal_fast import bn_lif, lif, packed_spikes
+from seal_fast import bn_lif, lif, packed_spikes, seal_loss
 from seal_fast.nn import LIFNode, ParametricLIFNode, Surrogate
 from seal_fast.ops._dispatch import Plans
 
@@ -227,6 +227,63 @@ def test_a_time_constant_that_is_learned_is_read_at_each_call():
     expected = deepcopy(node)
     expected.backend = "torch"
     assert torch.equal(bn_lif(y, bn, node, time_steps=T), bn_lif(y, bn, expected, time_steps=T))
+
+
+def contiguous(tensor):
+    """What a hook that moves saved tensors elsewhere may give back."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+LAYOUTS = {
+    "channels_last": lambda x: x.transpose(-1, -3).contiguous().transpose(-1, -3),
+    "rows with gaps": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "one row for all": lambda x: x[:1].expand_as(x),
+}
+
+
+def hooked(run, leaves):
+    """Gradients without hooks, and then where saved tensors come back in another layout."""
+    expected = gradients(run(), leaves)
+    with torch.autograd.graph.saved_tensors_hooks(contiguous, contiguous):
+        out = run()
+    return gradients(out, leaves), expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("learned", [False, True])
+def test_what_the_neuron_saved_may_come_back_in_another_layout(layout, learned):
+    x = LAYOUTS[layout](normal(T, B, C, 2, 3)).detach().requires_grad_()
+    tau = (normal(C, seed=5).abs() + 1.5).requires_grad_(learned)
+    leaves = [x, *([tau] if learned else [])]
+    found, expected = hooked(lambda: lif(x, tau=tau if learned else 2.0)[0], leaves)
+    equal([x, *found], [x, *expected])
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS][:1])
+@pytest.mark.parametrize("kind", ["plain", "residual", "its own norm"])
+def test_what_a_layer_saved_may_come_back_in_another_layout(layer, layout, kind):
+    _, bn, node = layer
+    y, residual = (LAYOUTS[layout](normal(T * B, C, 2, 3, seed=i)).detach().requires_grad_() for i in range(2))
+    options = {} if kind == "plain" else {"residual": residual}
+    if kind == "its own norm":
+        options["residual_bn"] = nn.BatchNorm2d(C).double()
+    leaves = [y, *bn.parameters(), *([residual] if options else [])]
+    found, expected = hooked(lambda: bn_lif(y, bn, node, time_steps=T, **options), leaves)
+    equal([y, *found], [y, *expected])
+
+
+def test_what_the_loss_saved_may_come_back_in_another_layout():
+    logits = normal(B, T, C).transpose(0, 1).detach().requires_grad_()
+    teacher, labels = normal(C, B, seed=1).t(), torch.randint(C, (2 * B,))[::2]
+
+    def twice():
+        loss = seal_loss(logits, teacher, labels, alpha=0.6, beta=0.15).loss
+        return [torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2)]  # the second is made again
+
+    expected = twice()
+    with torch.autograd.graph.saved_tensors_hooks(contiguous, contiguous):
+        found = twice()
+    equal([logits, *found], [logits, *expected])
 
 
 def test_plans_hold_no_tensor_and_are_not_many():

@@ -29,7 +29,7 @@ class Carried:
     """A kernel's module whose functions take CPU tensors, and give such."""
 
     def __init__(self, kernel: ModuleType):
-        self._kernel, self.__name__ = kernel, kernel.__name__
+        self._kernel = kernel
 
     def __getattr__(self, name: str):
         def run(*arguments, **options):

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 
 from seal_fast.kernels.launch import cupy
+from seal_fast.ops._dispatch import Plans
 
 HEADER = Path(__file__).with_suffix(".h")
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
@@ -179,6 +181,8 @@ def install(monkeypatch, room) -> None:
             assert not any(each.any() for each in counting), f"{expression} does not set its counters back"
             counting.clear()
 
+    for operator in ("lif", "bn_lif", "seal_loss"):  # plans keep launches, and these are of this call alone
+        monkeypatch.setattr(sys.modules[f"seal_fast.ops.{operator}"], "_plans", Plans())
     monkeypatch.setattr(room, "Launch", Launch)
     monkeypatch.setattr(cupy, "start", start)
     stand_ins = {"shared_memory": lambda device: SHARED_MEMORY, "counters": counters}
