@@ -111,7 +111,7 @@ CASES = {  # calls, and of how many kinds they are, whatever else differs betwee
 
 
 @pytest.mark.parametrize("backend", [BACKEND])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", [*TOLERANCE][: 1 if INTERPRETED else None], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_calls_that_share_a_plan(case, dtype, backend):
     operator, (calls, kinds) = case.partition(",")[0], CASES[case]
@@ -126,23 +126,6 @@ def test_calls_that_share_a_plan(case, dtype, backend):
     for i, (left, right, same) in enumerate(zip(found, expected, again, strict=True)):
         assert (left - right).abs().max() <= TOLERANCE[dtype] * right.abs().max(), i
         assert torch.equal(left, same), i
-
-
-@pytest.mark.parametrize("backend", [BACKEND])
-def test_repeated_calls_make_no_launch(backend, monkeypatch):
-    launcher = importlib.import_module(f"seal_fast.kernels.launch.{backend}")
-    with on_the_cpu(lambda: [each(backend, torch.float32) for each in (neuron_calls, layer_calls)]):
-        for each in (neuron_calls, layer_calls):
-            each(backend, torch.float32)
-        made = []
-        init = launcher.Launch.__init__
-        monkeypatch.setattr(launcher.Launch, "__init__", lambda *a, **k: (made.append(a), init(*a, **k))[0])
-        for each in (neuron_calls, layer_calls):
-            each(backend, torch.float32)
-        assert made == []
-        plans("lif").clear()
-        neuron_calls(backend, torch.float32)
-        assert made
 
 
 def contiguous(tensor):
