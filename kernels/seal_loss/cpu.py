@@ -70,7 +70,7 @@ def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
     Where that is grad's own, it is multiplied in place, and neither read nor written if the factor is 1.
     """
-    if grad.dtype == dtype and factor.item() == 1:
+    if grad.dtype == dtype and factor.item() == 1:  # both are in the CPU's memory: nothing is waited for
         return grad
     result = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
     factor, wide = factor.to(state_dtype(dtype)), None if result is grad else grad.data_ptr()

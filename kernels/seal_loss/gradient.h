@@ -21,7 +21,6 @@ void scale(Number* values, const void* wide, State factor, int64_t count) {
     for (; i + kLanes <= count; i += kLanes) store_vector(values + i, load_vector(gradient + i) * factor);
     for (; i < count; ++i) store(values[i], gradient[i] * factor);
   } else {
-    if (factor == 1) return;
     for (int64_t i = 0; i < count; ++i) store(values[i], State(load(values[i])) * factor);
   }
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from seal_fast.kernels.launch import cupy as cuda_launcher
+from seal_fast.kernels.launch.launches import MOST, remembered
 from seal_fast.kernels.seal_loss import cupy as cuda_room
 
 CUDA = torch.device("cuda", 0)
@@ -155,6 +156,23 @@ def test_a_thread_starts_by_cupy_which_makes_its_context(driver):
     launch(3)
     assert [call[0] for call in driver] == ["device", "cupy", "device", "cupy", "driver"]
     assert driver[-1][-1] == [3]
+
+
+def test_what_is_remembered_is_made_once_and_is_not_much():
+    launches, made = {}, []
+
+    def ask(key):
+        return remembered(launches, key, lambda: made.append(key) or f"of {key}")
+
+    assert [ask(key) for key in (1, 2, 1, 2)] == ["of 1", "of 2"] * 2
+    assert made == [1, 2]
+    for key in range(3 * MOST):
+        assert ask(key) == f"of {key}"
+        assert len(launches) <= MOST
+    made.clear()
+    assert remembered(None, 1, lambda: made.append(1)) is None
+    assert remembered(None, 1, lambda: made.append(2)) is None
+    assert made == [1, 2]
 
 
 def test_a_plan_of_the_loss_is_for_one_layout():
