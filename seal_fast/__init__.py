@@ -8,14 +8,26 @@ from . import models, nn
 from .backends import backends
 from .memory import reuse_freed_memory
 from .nn import convert, revert
-from .ops import bn_lif, lif, packed_spikes, seal_loss, selective_alignment_weights
+from .ops import (
+    SpikeTensor,
+    bn_lif,
+    dense_convolutions,
+    lif,
+    packed_spikes,
+    seal_loss,
+    selective_alignment_weights,
+    spike_conv2d,
+    spike_linear,
+)
 from .version import __version__
 
 __all__ = [
+    "SpikeTensor",
     "__version__",
     "backends",
     "bn_lif",
     "convert",
+    "dense_convolutions",
     "lif",
     "models",
     "nn",
@@ -24,4 +36,6 @@ __all__ = [
     "revert",
     "seal_loss",
     "selective_alignment_weights",
+    "spike_conv2d",
+    "spike_linear",
 ]

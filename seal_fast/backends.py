@@ -22,6 +22,7 @@ from .kernels.launch import cpu, cupy
 
 BACKENDS = ("triton", "cupy", "cpu", "torch")
 _OF_LOGITS = ("seal_loss", "selective_alignment_weights")
+_OF_SPIKES = ("spike_conv2d", "spike_linear")
 
 # operator -> backends that have a kernel for it, in the order in which "auto" prefers them
 _KERNELS: dict[str, tuple[str, ...]] = {
@@ -30,6 +31,8 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     # On an H200 batch norm and LIF of [4, 256, 64, 32, 32] in bfloat16 take 0.37 ms in Triton and 0.40 or 0.41 in CuPy;
     # in float32 they differ by 7 % at most. The loss takes 51 us in Triton and 28 in CuPy for logits [4, 512, 1000].
     **dict.fromkeys(_OF_LOGITS, ("cupy", "triton", "cpu", "torch")),
+    # They skip what did not fire; torch's are dense.
+    **dict.fromkeys(_OF_SPIKES, ("cpu", "torch")),
 }
 OPERATORS = tuple(_KERNELS)
 _DEVICES = {"triton": "cuda", "cupy": "cuda", "cpu": "cpu"}  # backend -> the type of device that it serves
@@ -154,6 +157,8 @@ def _availability(
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device is not None and serves not in (None, device.type) and not interpreted:
         return Availability(False, f"it runs on {serves} tensors, and these are on {device.type}")
+    if operator in _OF_SPIKES and backend == "cpu" and dtype not in (None, torch.float32, torch.bfloat16):
+        return Availability(False, f"it takes float32 and bfloat16, and these are {dtype}")
     if dtype == torch.float64 and serves == "cuda" and operator in _OF_LOGITS:
         return Availability(False, "it computes in float32, and these are float64")
     if backend == "triton" and operator in _OF_LOGITS and time_steps > seal_loss.MOST_STEPS:

@@ -12,6 +12,7 @@
 // Null pointers stand for what is absent or not asked for.
 SEAL_STRUCT(BnLifArguments,
   const void *y, *residual;                     // [T, N]
+  const uint8_t* residual_bits;                 // [T, ceil(N/8)], in the residual's place where that is spikes
   void *spikes, *m;                             // [T, N]
   uint8_t* packed;                              // [T, ceil(N/8)]
   const void *grad_spikes, *grad_m;             // [T, N]
@@ -49,7 +50,10 @@ class BnLif {
       if (written) prefer_large_pages(written, a.T * a.N * int64_t(sizeof(Number)));
     }
     stream = streams<Number>(a.grad_steps ? a.grad_steps : a.spikes, a.T, a.N);
-    normalise = !a.residual ? &BnLif::normalise_as<0> : a.normalised ? &BnLif::normalise_as<2> : &BnLif::normalise_as<1>;
+    normalise = a.residual_bits ? &BnLif::normalise_as<BITS>
+                : !a.residual   ? &BnLif::normalise_as<NONE>
+                : a.normalised  ? &BnLif::normalise_as<NORMALISED>
+                                : &BnLif::normalise_as<PLAIN>;
   }
 
   void forward() const {
@@ -59,9 +63,11 @@ class BnLif {
         const B& m = membrane_input(start, count, t, work);
         if (a.m && (t == 0 || varies)) write(m, static_cast<Number*>(a.m) + t * a.m_stride, start, count, false);
         neurons.charge_step(m.at, 0, work);
-        BlockWriter<Number> spikes(static_cast<Number*>(a.spikes) + t * a.N + start, count, stream);
-        neurons.fire_step(0, work, spikes.block());
-        spikes.finish();
+        if (a.spikes) {
+          BlockWriter<Number> spikes(static_cast<Number*>(a.spikes) + t * a.N + start, count, stream);
+          neurons.fire_step(0, work, spikes.block());
+          spikes.finish();
+        }
         if (a.packed) neurons.pack_step(0, work, count, a.packed + t * ((a.N + 7) / 8) + start / 8);
       }
     });
@@ -112,7 +118,7 @@ class BnLif {
   const Channels of;
   const Neurons<State, State, Number, PER_CHANNEL, false> neurons;
   bool stream;         // whether rows are written past the cache
-  void (BnLif::*normalise)(const Number* y, const Number* residual, const W& work, B& m) const;
+  void (BnLif::*normalise)(const Number* y, const void* residual, const W& work, B& m) const;
 
   int norms() const { return a.normalised ? 2 : 1; }
   const State* table() const { return static_cast<const State*>(a.table); }
@@ -166,24 +172,39 @@ class BnLif {
     B& m = work.m[place(t)];
     if (t == 0 || varies) {
       const Number* y = static_cast<const Number*>(a.y) + t * a.y_stride + start;
-      const Number* residual = static_cast<const Number*>(a.residual) + t * a.residual_stride + start;
-      (this->*normalise)(whole_block(y, count, room[0]), a.residual ? whole_block(residual, count, room[1]) : nullptr,
-                         work, m);
+      (this->*normalise)(whole_block(y, count, room[0]), residual(start, count, t, room[1]), work, m);
     }
     return m;
   }
 
-  // RESIDUAL: none, as it is, or with a scale and shift of its own.
+  // A block of a step's residual, in `room` where it is cut short; null where there is none.
+  const void* residual(int64_t start, int64_t count, int64_t t, Number* room) const {
+    if (a.residual_bits) {
+      const uint8_t* bits = a.residual_bits + t * ((a.N + 7) / 8) + start / 8;
+      if (count == kBlock) return bits;
+      std::memset(room, 0, kBlock / 8);
+      return std::memcpy(room, bits, (count + 7) / 8);
+    }
+    if (!a.residual) return nullptr;
+    return whole_block(static_cast<const Number*>(a.residual) + t * a.residual_stride + start, count, room);
+  }
+
+  // The kinds of residual: none, as it is, with a scale and shift of its own, or spikes as bits.
+  enum { NONE, PLAIN, NORMALISED, BITS };
+
   template <int RESIDUAL>
-  void normalise_as(const Number* y, const Number* residual, const W& work, B& m) const {
+  void normalise_as(const Number* y, const void* of_block, const W& work, B& m) const {
     const B* scales = work.scales.at;
+    const Number* residual = static_cast<const Number*>(of_block);
     SEAL_EACH_VECTOR(State, i) {
       fetch_ahead(y + i);
       V value = load_vector(y + i) * scales[0][i] + scales[1][i];
-      if (RESIDUAL) {
+      if (RESIDUAL == BITS) {
+        value = value + ones_of_bits<State>(static_cast<const uint8_t*>(of_block), i);
+      } else if (RESIDUAL != NONE) {
         fetch_ahead(residual + i);
         const V added = load_vector(residual + i);
-        value = value + (RESIDUAL == 2 ? added * scales[2][i] + scales[3][i] : added);
+        value = value + (RESIDUAL == NORMALISED ? added * scales[2][i] + scales[3][i] : added);
       }
       m.set(i, value);
     }

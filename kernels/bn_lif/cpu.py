@@ -141,10 +141,12 @@ class Plan(plan.Plan):
         if self.copies:
             y, residual = _copies(y, residual)
         arguments, kind = _Arguments.from_buffer_copy(self.arguments), self.kind
-        spikes, m, packed = self._empty(self.steps), None, None
-        arguments.y, arguments.spikes = y.data_ptr(), spikes.data_ptr()
-        if residual is not None:
-            arguments.residual = residual.data_ptr()
+        spikes, m, packed = None, None, None
+        arguments.y = y.data_ptr()
+        if kind.dense:
+            spikes = self._empty(self.steps)
+            arguments.spikes = spikes.data_ptr()
+        _add_residual(arguments, residual)
         if table is not None:
             arguments.table = table.data_ptr()
         if kind.keep_m:
@@ -166,8 +168,7 @@ class Plan(plan.Plan):
         arguments = _Arguments.from_buffer_copy(self.arguments)
         grad_spikes = self._upstream(grad_spikes, y)
         arguments.y, arguments.grad_spikes, arguments.table = y.data_ptr(), grad_spikes.data_ptr(), table.data_ptr()
-        if residual is not None:
-            arguments.residual = residual.data_ptr()
+        _add_residual(arguments, residual)
         if grad_m is not None:
             grad_m = self._upstream(grad_m, y)
             arguments.grad_m = grad_m.data_ptr()
@@ -222,6 +223,15 @@ class Plan(plan.Plan):
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty_strided(shape, self.strides, dtype=dtype or self.dtype, device=self.device)
+
+
+def _add_residual(arguments: ctypes.Structure, residual: Tensor | None) -> None:
+    """Spikes are read as bits where they are held as such (ops/_spike_tensor.py); others as numbers."""
+    packed = getattr(residual, "packed", None)
+    if packed is not None:
+        arguments.residual_bits = packed.data_ptr()
+    elif residual is not None:
+        arguments.residual = residual.data_ptr()
 
 
 def _copies(y: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -23,6 +23,11 @@ class Kind(NamedTuple):
     static: bool  # whether y is [B, C, ...], the same at each time step
     keep_m: bool
     pack: bool
+    dense: bool = True  # whether the spikes are written as numbers; else as bits alone, which the CPU's kernel can
+
+    def of_kernel(self) -> dict[str, int | bool]:
+        """What every room's `forward` takes of it."""
+        return {name: value for name, value in self._asdict().items() if name != "dense"}
 
     def no_gradient(self, y: Tensor) -> Tensor:
         """What stands for the spikes' gradient where none comes: zeros [T·B, C, ...] in the memory of one."""
@@ -86,10 +91,10 @@ class Plan:
         options: Options,
         table: Tensor | None,  # None: not needed afterwards
         norms: list[tuple[Tensor | None, ...]],  # the tensors of each Norm; none where the table is filled already
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Spikes [T·B, C, ...], and if kept the membrane input and the spikes as bits."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Spikes [T·B, C, ...], unless only bits are kept; and if kept the membrane input and the spikes as bits."""
         given = [Norm(*tensors, *numbers) for tensors, numbers in zip(norms, self.numbers, strict=False)]
-        call = self.kind._asdict()
+        call = self.kind.of_kernel()
         if given and table is None and not any(self.counts):
             return self.kernel.forward(y, residual, None, options, **call, norms=tuple(given), launches=self.launches)
         if table is None:

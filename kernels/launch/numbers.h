@@ -20,8 +20,10 @@ typedef long long int64_t;
 #include <cstring>
 #ifdef __GNUC__
 #define SEAL_INLINE inline __attribute__((always_inline))
+#define SEAL_NOINLINE __attribute__((noinline))
 #else
 #define SEAL_INLINE inline
+#define SEAL_NOINLINE
 #endif
 #define SEAL_FN static SEAL_INLINE
 #endif

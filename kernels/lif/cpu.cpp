@@ -30,7 +30,7 @@ class Lif {
   explicit Lif(const LifArguments& arguments)
       : a(arguments), learned(a.grad_threshold || a.grad_inverse_tau), neurons(a.neuron, learned) {
     void* written = a.grad_x ? a.grad_x : a.spikes;
-    prefer_large_pages(written, a.T * a.N * int64_t(sizeof(Number)));
+    if (written) prefer_large_pages(written, a.T * a.N * int64_t(sizeof(Number)));
     stream = streams<Number>(written, a.T, a.N);
   }
 
@@ -40,9 +40,11 @@ class Lif {
       begin(start, count, work.v);
       for (int64_t t = 0; t < a.T; ++t) {
         neurons.charge_step(whole_block(row_of_x(t) + start, count, room), 0, work);
-        BlockWriter<Number> spikes(static_cast<Number*>(a.spikes) + t * a.N + start, count, stream);
-        neurons.fire_step(0, work, spikes.block());
-        spikes.finish();
+        if (a.spikes) {
+          BlockWriter<Number> spikes(static_cast<Number*>(a.spikes) + t * a.N + start, count, stream);
+          neurons.fire_step(0, work, spikes.block());
+          spikes.finish();
+        }
         if (a.packed) neurons.pack_step(0, work, count, a.packed + t * ((a.N + 7) / 8) + start / 8);
       }
       end(a.v_last, start, count, work.v);

@@ -51,8 +51,8 @@ def backward(
 class Plan(plan.Plan):
     """Calls whose arguments to native code are laid out once."""
 
-    def __init__(self, kernel, x, options, keep_v, pack):
-        super().__init__(kernel, x, options, keep_v, pack)
+    def __init__(self, kernel, x, options, keep_v, pack, *, dense=True):
+        super().__init__(kernel, x, options, keep_v, pack, dense=dense)
         rows = as_rows(x)
         self.copies, self.empty = rows is not x, rows[0].numel() == 0
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
@@ -69,9 +69,11 @@ class Plan(plan.Plan):
     def forward(self, x, v_init, options):  # noqa: D102
         if self.copies:
             x = as_rows(x)
-        arguments, v_last, packed = _Arguments.from_buffer_copy(self.arguments), None, None
-        spikes = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
-        arguments.x, arguments.spikes = x.data_ptr(), spikes.data_ptr()
+        arguments, spikes, v_last, packed = _Arguments.from_buffer_copy(self.arguments), None, None, None
+        arguments.x = x.data_ptr()
+        if self.dense:
+            spikes = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+            arguments.spikes = spikes.data_ptr()
         if v_init is not None:
             v_init = self._state(v_init, x)
             arguments.v_init = v_init.data_ptr()

@@ -18,10 +18,13 @@ class Plan:
         options: Of the neuron; each call gives the tensors among them.
         keep_v: Whether the last potential is returned.
         pack: Whether the spikes are returned as bits as well.
+        dense: Whether they are returned as numbers; else as bits alone, which the CPU's kernel can.
     """
 
-    def __init__(self, kernel: ModuleType, x: Tensor, options: Options, keep_v: bool, pack: bool):
-        self.kernel, self.keep_v, self.pack = kernel, keep_v, pack
+    def __init__(
+        self, kernel: ModuleType, x: Tensor, options: Options, keep_v: bool, pack: bool, *, dense: bool = True
+    ):
+        self.kernel, self.keep_v, self.pack, self.dense = kernel, keep_v, pack, dense
         self.options, self.parameters = options.without_tensors(), options.in_tensors
         self.layout = x.stride()
         self.launches: dict = {}  # of a GPU
@@ -30,12 +33,12 @@ class Plan:
         """This plan, or one for x where it lies in another way, as what was saved for the backward pass may."""
         if x.stride() == self.layout:
             return self
-        return type(self)(self.kernel, x, options, self.keep_v, self.pack)
+        return type(self)(self.kernel, x, options, self.keep_v, self.pack, dense=self.dense)
 
     def forward(
         self, x: Tensor, v_init: Tensor | None, options: Options
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Spikes [T, ...], and if kept the last potential [...] and the spikes as bits."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Spikes [T, ...], unless only bits are kept; and if kept the last potential [...] and the spikes as bits."""
         return self.kernel.forward(x, v_init, options, keep_v=self.keep_v, pack=self.pack, launches=self.launches)
 
     def backward(

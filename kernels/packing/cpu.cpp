@@ -1,6 +1,8 @@
-// Packed spikes back to numbers, on the CPU. Compiled once for each instruction set in ISA (setup.py).
+// Packed spikes back to numbers, and how many there are, on the CPU. Compiled once for each instruction set in ISA (setup.py).
 #include "../launch/export.h"
+#include "../launch/bits.h"
 #include "../launch/pages.h"
+#include "../launch/parallel.h"
 #include "../launch/types.h"
 #include "../launch/vector.h"
 
@@ -9,6 +11,13 @@ SEAL_STRUCT(UnpackArguments,
   void* spikes;           // [T, N]
   int64_t T, N;
   int32_t dtype, threads;
+)
+
+SEAL_STRUCT(CountArguments,
+  const uint8_t* packed;  // [bytes]
+  int64_t* count;         // gets the number of bits that are set
+  int64_t bytes;
+  int32_t threads;
 )
 
 namespace {
@@ -44,7 +53,26 @@ void unpack(Types<State, Number>, const UnpackArguments& a) {
   }
 }
 
+int64_t count(const CountArguments& a) {
+  const int64_t words = a.bytes / 8;
+  int64_t total = 0;
+#pragma omp parallel for schedule(static) reduction(+ : total) num_threads(words > kGrain ? a.threads : 1)
+  for (int64_t i = 0; i < words; ++i) {
+    uint64_t word;
+    std::memcpy(&word, a.packed + 8 * i, 8);
+    total += bits_set(word);
+  }
+  uint64_t rest = 0;
+  std::memcpy(&rest, a.packed + 8 * words, a.bytes % 8);
+  return total + bits_set(rest);
+}
+
 }  // namespace
+
+SEAL_EXPORT(seal_count)(const CountArguments* arguments) {
+  *arguments->count = count(*arguments);
+  return DONE;
+}
 
 SEAL_EXPORT(seal_unpack)(const UnpackArguments* arguments) {
   return with_types(arguments->dtype, [&](auto types) { unpack(types, *arguments); });

@@ -1,12 +1,14 @@
-"""Packed spikes back to numbers by native code."""
+"""Packed spikes back to numbers, and how many there are, by native code."""
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 
 from ..launch.cpu import DTYPES, run, structure
 
-_Arguments = structure("UnpackArguments")
+_Arguments, _CountArguments = structure("UnpackArguments"), structure("CountArguments")
 
 
 def unpack(packed: torch.Tensor, N: int, dtype: torch.dtype) -> torch.Tensor:
@@ -22,3 +24,16 @@ def unpack(packed: torch.Tensor, N: int, dtype: torch.dtype) -> torch.Tensor:
     )
     run("seal_unpack", arguments)
     return spikes
+
+
+def count(packed: torch.Tensor) -> int:
+    """How many bits are set in uint8 tensor, which is contiguous."""
+    found = ctypes.c_int64()
+    arguments = _CountArguments(
+        packed=packed.data_ptr(),
+        count=ctypes.addressof(found),
+        bytes=packed.numel(),
+        threads=torch.get_num_threads(),
+    )
+    run("seal_count", arguments)
+    return found.value

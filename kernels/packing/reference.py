@@ -26,5 +26,10 @@ def pack(spikes: torch.Tensor) -> torch.Tensor:  # [T, ...], 0 or 1 -> [T, ceil(
 
 def unpack(packed: torch.Tensor, N: int, dtype: torch.dtype) -> torch.Tensor:  # [T, ceil(N/8)] uint8 -> [T, N]
     """The spikes as numbers again, rows in the order in which they lay in memory."""
-    bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    bits = torch.stack([packed >> bit for bit in range(8)], -1) & 1  # no other tensor: fake ones would not meet it
     return bits.flatten(1)[:, :N].to(dtype)
+
+
+def count(packed: torch.Tensor) -> int:
+    """How many bits of the bytes are set."""
+    return int(unpack(packed.reshape(1, -1), 8 * packed.numel(), torch.uint8).sum(dtype=torch.int64))

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..backends import is_transformed, resolve
 from ..kernels.packing import reference
 from ._dispatch import kernel_module
+from ._spike_tensor import SETTLED, SpikeTensor
 
 
 class packed_spikes(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801
@@ -52,9 +53,12 @@ class packed_spikes(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801
         self._bits[storage._cdata] = _Bits(StorageWeakRef(storage), spikes._version, packed, spikes[0].numel())
 
     def _pack(self, tensor: Tensor) -> _Kept | _Saved:
+        if isinstance(tensor, SpikeTensor) and tensor.packed is not None:
+            return _Kept(tensor.kept(), tensor._version)
         if tensor.layout != torch.strided or not tensor.dtype.is_floating_point:
             return _Kept.of(tensor)
-        bits = self._bits.get(tensor.untyped_storage()._cdata)
+        memory = tensor.held if isinstance(tensor, SpikeTensor) else tensor
+        bits = self._bits.get(memory.untyped_storage()._cdata)
         if bits is None or bits.storage.expired() or bits.version != tensor._version:
             return _Kept.of(tensor)
         place = tensor.shape, tensor.stride(), tensor.storage_offset()
@@ -120,6 +124,14 @@ def wanted() -> bool:
     if torch.compiler.is_compiling() or _here.context is None:
         return False
     return torch.is_grad_enabled() and not is_transformed()
+
+
+def _keep_settled(numbers: Tensor, packed: Tensor) -> None:
+    if wanted():
+        keep(numbers.unsqueeze(0), packed.unsqueeze(0))
+
+
+SETTLED.append(_keep_settled)
 
 
 def keep(spikes: Tensor, packed: Tensor) -> None:

@@ -23,7 +23,9 @@ from ._arguments import (
 )
 from ._dispatch import NO_KEY, Plans, is_eager, kernel_module, key_of, once, refuse_batched
 from ._normalise import can_fuse, fits_kernels, key_of_norm, norm_of, table_of, tensors_of
+from ._spike_tensor import SpikeTensor, is_plain_memory, plain
 from .lif import lif as lif_operator
+from .spike_conv import fires_bits
 
 _OPTIONS = (*NEURON_OPTIONS, "backend")
 
@@ -61,7 +63,9 @@ def bn_lif(
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value, or the backend of `lif` cannot run.
     """
-    kind = time_steps, bool(static), bool(return_membrane_input), _packed.wanted()
+    if isinstance(y, SpikeTensor) or isinstance(residual, SpikeTensor):
+        y, residual = plain(y), _bits_or_numbers(residual, y, residual_bn)
+    kind = time_steps, bool(static), bool(return_membrane_input), _packed.wanted(), True
     key = None
     if not torch.compiler.is_compiling():
         try:
@@ -72,6 +76,8 @@ def bn_lif(
                 tensors += tensors_of(residual_bn)
                 of_norms += key_of_norm(residual_bn)
             chosen = resolve(lif.backend, "bn_lif", y.device, y.dtype)
+            if chosen == "cpu" and fires_bits(y, y.numel() * (time_steps if static else 1), time_steps):
+                kind = *kind[:3], True, False
             key = chosen, kind, time_steps.__class__, _neuron.key_of(lif, learned), of_norms, key_of(tensors)
             plan = _plans.get(key)
         except NO_KEY:
@@ -98,9 +104,12 @@ def bn_lif(
     if residual_bn is not None:
         repeats.append(1 if residual.shape[0] > batch else time_steps)
     given = [(*norm, norm_of(*norm, each, group)) for norm, each in zip(norms, repeats, strict=True)]
-    if not is_eager(y, residual, *learned) and group is None:
-        return _traced.bn_lif(y, residual, learned, numbers, given, kind)
+    bits = isinstance(residual, SpikeTensor)
+    if not is_eager(y, None if bits else residual, *learned) and group is None:
+        return _traced.bn_lif(y, plain(residual), learned, numbers, given, (*kind[:3], _packed.wanted()))
     fits = group is None and all(fits_kernels(*each) for each in given)
+    if not (fits and chosen == "cpu"):
+        residual, kind = plain(residual), (*kind[:3], _packed.wanted(), True)
     of_kernel = _kernel(chosen).Plan if fits and chosen == "cpu" else Plan
     as_kernels_see = [norm for *_, norm in given]
     plan = of_kernel(
@@ -112,6 +121,21 @@ def bn_lif(
     elif key is not None:
         _plans[key] = plan
     return _run(plan, [y, residual, *learned, *(each for norm in as_kernels_see for each in norm.tensors)], table)
+
+
+def _bits_or_numbers(residual: Tensor | None, y: Tensor, residual_bn: nn.Module | None) -> Tensor | None:
+    """Spikes as they are where a kernel reads their bits beside y, else as numbers."""
+    if (
+        isinstance(residual, SpikeTensor)
+        and not torch.compiler.is_compiling()
+        and residual_bn is None
+        and residual.packed is not None
+        and is_plain_memory(residual)
+        and isinstance(y, Tensor)
+        and (residual.shape, residual.stride(), residual.dtype) == (y.shape, y.stride(), y.dtype)
+    ):
+        return residual
+    return plain(residual)
 
 
 def _check(y, bn, lif, time_steps, residual, residual_bn, static) -> int:
@@ -178,7 +202,7 @@ def _run(plan: Plan, tensors: list[Tensor | None], table: Tensor | None = None):
     run = _Fused.apply if torch.is_grad_enabled() else functools.partial(_Fused.forward, None)
     spikes, m, packed = run(plan, norms, table, *inputs)
     kind = plan.kind
-    if kind.pack:
+    if kind.pack and kind.dense:
         _packed.keep(spikes.unflatten(0, (kind.time_steps, -1)), packed)
     return (spikes, m) if kind.keep_m else spikes
 
@@ -193,6 +217,9 @@ class _Fused(torch.autograd.Function):
         elif ctx is not None and True in ctx.needs_input_grad:
             table = plan.table(y)
         outputs = plan.forward(y, residual, plan.options.with_tensors(tau, threshold), table, norms)
+        if outputs[0] is None:
+            _, m, packed = outputs
+            outputs = SpikeTensor.of(packed, plan.steps, plan.strides, plan.dtype), m, None
         if ctx is not None:
             # Of the norms' parameters all is in the table, and torch lets a bias change meanwhile.
             ctx.save_for_backward(y, residual, tau, threshold, table)

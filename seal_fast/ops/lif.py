@@ -16,6 +16,8 @@ from ..kernels.surrogate.reference import Surrogate
 from . import _neuron, _packed
 from ._arguments import neuron_options, require_device, require_float_tensor, require_per_channel, shape
 from ._dispatch import NO_KEY, Plans, is_eager, kernel_module, key_of, needs_graph, once, refuse_batched
+from ._spike_tensor import SpikeTensor, plain
+from .spike_conv import fires_bits
 
 
 def lif(
@@ -63,13 +65,15 @@ def lif(
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value, or the named backend cannot run.
     """
-    wanted = bool(return_v_last), bool(return_packed), _packed.wanted()
-    key = None
+    x, wanted = plain(x), (bool(return_v_last), bool(return_packed), _packed.wanted())
+    key, dense = None, True
     if not torch.compiler.is_compiling():
         try:
             tensors = x, v_init, _neuron.tensor(tau), _neuron.tensor(v_threshold)
             neuron = decay_input, v_reset, detach_reset
-            key = _key(tensors, tau, v_threshold, surrogate, neuron, wanted, backend)
+            chosen = resolve(backend, "lif", x.device)
+            dense = chosen != "cpu" or bool(return_packed) or not fires_bits(x, x.numel(), len(x))
+            key = chosen, dense, *_key(tensors, tau, v_threshold, surrogate, neuron, wanted)
             plan = _plans.get(key)
         except NO_KEY:
             plan = None
@@ -95,7 +99,8 @@ def lif(
     numbers, learned = _neuron.numbers_of(options, chosen)
     if is_eager(x, v_init, *learned):
         of_kernel = _kernel(chosen).Plan if chosen == "cpu" else Plan
-        plan = of_kernel(_kernel(chosen), x, _neuron.options_of(*learned, numbers), return_v_last, any(wanted[1:]))
+        options, pack_too = _neuron.options_of(*learned, numbers), not dense or any(wanted[1:])
+        plan = of_kernel(_kernel(chosen), x, options, return_v_last, pack_too, dense=dense)
         if key is not None:
             _plans[key] = plan
         return _run(plan, (x, v_init, *learned), wanted)
@@ -105,11 +110,10 @@ def lif(
 _plans = Plans()
 
 
-def _key(tensors, tau, threshold, surrogate, neuron, wanted, backend) -> tuple:
-    chosen = resolve(backend, "lif", tensors[0].device)
+def _key(tensors, tau, threshold, surrogate, neuron, wanted) -> tuple:
     kind = surrogate if type(surrogate) is str else (type(surrogate), surrogate.name, surrogate.alpha)
     values = *neuron, *(None if isinstance(value, Tensor) else value for value in (tau, threshold))
-    return chosen, kind, wanted, values, *map(type, values), key_of(tensors)
+    return kind, wanted, values, *map(type, values), key_of(tensors)
 
 
 def _run(plan, tensors, wanted):
@@ -120,7 +124,7 @@ def _run(plan, tensors, wanted):
 def _outputs(spikes, v_last, packed, wanted):
     """What the operator returns of it, after a context of packed spikes has seen it."""
     return_v_last, return_packed, keep = wanted
-    if keep:
+    if keep and not isinstance(spikes, SpikeTensor):
         _packed.keep(spikes, packed)
     outputs = spikes, v_last if return_v_last else None
     return (*outputs, packed) if return_packed else outputs
@@ -227,6 +231,9 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, x, v_init, tau, threshold):
         outputs = plan.forward(x, v_init, plan.options.with_tensors(tau, threshold))
+        if outputs[0] is None:
+            _, v_last, packed = outputs
+            outputs = SpikeTensor.of(packed, plan.shape, plan.strides, plan.dtype), v_last, None
         if ctx is not None:
             ctx.save_for_backward(x, v_init, tau, threshold)
             ctx.set_materialize_grads(False)

@@ -1,0 +1,1 @@
+"""Convolutions of spikes, which skip what did not fire."""

@@ -1,0 +1,290 @@
+"""Convolutions and linear layers of spikes, which skip what did not fire."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+from ..backends import resolve
+from ..kernels.packing.reference import pack
+from ..kernels.spike_conv import rule as rates
+from ._arguments import require_device, require_float_tensor, shape
+from ._dispatch import is_plain, kernel_module
+from ._spike_tensor import SpikeTensor, is_plain_memory, plain, rule
+
+_ATEN = torch.ops.aten
+_DTYPES = (torch.float32, torch.bfloat16)
+
+# Calls of each kind since the process began, by what ran them: "cpu" skips zeros, "torch" is dense.
+calls: Counter[tuple[str, str]] = Counter()
+
+
+class _Here(threading.local):
+    dense = False  # whether convolutions of this thread are to be dense
+
+
+_here = _Here()
+
+
+@contextlib.contextmanager
+def dense_convolutions() -> Iterator[None]:
+    """Within this context, neurons give dense spikes, and convolutions of spikes are torch's."""
+    before, _here.dense = _here.dense, True
+    try:
+        yield
+    finally:
+        _here.dense = before
+
+
+def spike_conv2d(
+    spikes: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """torch.nn.functional.conv2d of spikes, by a kernel that adds the weights of those that fired.
+
+    The gradient of the weights skips what did not fire as well; that of the spikes is dense and torch's.
+
+    Args:
+        spikes: Zeros and ones [P, C, H, W]; what neurons give on the CPU holds them as bits already.
+        weight: [O, C, KH, KW], of the dtype of the spikes.
+        bias: [O].
+        stride: As the next two, a number or a pair of them.
+        padding: Zeros at each side.
+        dilation: Distance between the pixels that meet a kernel's neighbouring elements.
+        backend: "cpu" skips zeros at any firing rate, "torch" is dense, and "auto" takes the faster one by the firing
+            rate of this call.
+
+    Returns:
+        [P, O, OH, OW], which differ from those of a dense convolution by the order of the sums.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument has the wrong shape or device, the spikes are not zeros and ones, or the backend cannot
+            run.
+    """
+    require_float_tensor("spikes", spikes, "[P, C, H, W]")
+    require_float_tensor("weight", weight, "[O, C, KH, KW]")
+    if spikes.dim() != 4 or weight.dim() != 4 or spikes.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"spikes must be [P, C, H, W] and weight [O, C, KH, KW]; got {shape(spikes)}, {shape(weight)}."
+        )
+    spikes = _prepared(spikes, weight, bias, backend, "spike_conv2d")
+    return F.conv2d(spikes, weight, bias, _pair(stride), _pair(padding), _pair(dilation))
+
+
+def spike_linear(spikes: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """torch.nn.functional.linear of spikes, by a kernel that adds the weights of those that fired.
+
+    Args:
+        spikes: Zeros and ones [..., C].
+        weight: [O, C].
+        bias: [O].
+        backend: As in `spike_conv2d`.
+
+    Returns:
+        [..., O].
+
+    Raises:
+        TypeError, ValueError: As `spike_conv2d`.
+    """
+    require_float_tensor("spikes", spikes, "[..., C]")
+    require_float_tensor("weight", weight, "[O, C]")
+    if spikes.dim() < 1 or weight.dim() != 2 or spikes.shape[-1] != weight.shape[1]:
+        raise ValueError(f"spikes must be [..., C] and weight [O, C]; got {shape(spikes)}, {shape(weight)}.")
+    return F.linear(_prepared(spikes, weight, bias, backend, "spike_linear"), weight, bias)
+
+
+def _prepared(spikes: Tensor, weight: Tensor, bias: Tensor | None, backend: str, operator: str) -> Tensor:
+    """The spikes as the chosen backend takes them."""
+    require_device("weight", weight, "spikes", spikes)
+    if weight.dtype != spikes.dtype and not torch.is_autocast_enabled(spikes.device.type):
+        raise TypeError(f"weight must be of the spikes' dtype, {spikes.dtype}; got {weight.dtype}.")
+    chosen = resolve(backend, operator, spikes.device, spikes.dtype)
+    if chosen == "torch" or torch.compiler.is_compiling():
+        return plain(spikes)
+    if not isinstance(spikes, SpikeTensor) or spikes.packed is None:
+        if backend == "auto":
+            return spikes
+        spikes = _Pack.apply(spikes)
+    view = spikes.view_as(spikes)
+    view.always = backend == "cpu"
+    return view
+
+
+class _Pack(torch.autograd.Function):
+    """Numbers as bits, with the gradient of nothing having been done."""
+
+    @staticmethod
+    def forward(ctx, spikes: Tensor) -> SpikeTensor:
+        spikes = plain(spikes).contiguous()
+        if not bool(((spikes == 0) | (spikes == 1)).all()):
+            raise ValueError("spikes must be zeros and ones for backend 'cpu'; got other numbers.")
+        return SpikeTensor.of(pack(spikes.view(1, -1)), spikes.shape, spikes.stride(), spikes.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+def fires_bits(like: Tensor, elements: int, rows: int) -> bool:
+    """Whether a neuron for the CPU gives bits alone.
+
+    Args:
+        like: Of the spikes' dtype and device.
+        elements: Of the spikes.
+        rows: In which the neuron packs them.
+    """
+    return (
+        elements >= LEAST
+        and rows > 0
+        and elements % (8 * rows) == 0
+        and like.dtype in _DTYPES
+        and is_plain(like)
+        and not _here.dense
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and skips(like.device, like.dtype)
+    )
+
+
+# Spikes below which a call's time is the host's: convolutions of fewer are not worth a look.
+LEAST = 1 << 16
+
+
+def skips(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether "auto" stands for kernels that skip zeros."""
+    try:
+        return resolve("auto", "spike_conv2d", device, dtype) == "cpu"
+    except ValueError:  # SEAL_FAST_BACKEND names another kernel
+        return False
+
+
+@rule(_ATEN.convolution.default)
+def _convolution(func, spikes, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+    if transposed or groups != 1 or not _fits(spikes, weight, bias) or spikes.dim() != 4:
+        return NotImplemented
+    lying = _layout(spikes)
+    if lying is None:
+        return NotImplemented
+    geometry = (*map(tuple, (stride, padding, dilation)),)
+    outputs = _kernel().output_size(tuple(spikes.shape[2:]), tuple(weight.shape[2:]), *geometry)
+    if not _pays("spike_conv2d", rates.FORWARD, spikes, spikes.shape[0] * outputs[0] * outputs[1] * weight.numel()):
+        return NotImplemented
+    words = _kernel().words(spikes.packed, tuple(spikes.shape), channels_last=lying)
+    return _kernel().forward(words, tuple(spikes.shape), weight, bias, *geometry)
+
+
+@rule(_ATEN.convolution_backward.default)
+def _convolution_backward(func, grad, spikes, weight, sizes, stride, padding, dilation, *rest):
+    *how, (of_spikes, of_weight, of_bias) = rest
+    transposed, _, groups = how
+    if not isinstance(spikes, SpikeTensor) or not is_plain_memory(spikes):
+        return NotImplemented
+    lying = None
+    if of_weight and not transposed and groups == 1 and spikes.dim() == 4 and _fits(spikes, weight, grad):
+        lying = _layout(spikes)
+    if of_weight and (
+        lying is None or not _pays("weight gradient", rates.WEIGHT_GRADIENT, spikes, grad.numel() * weight[0].numel())
+    ):
+        return NotImplemented
+    geometry = stride, padding, dilation
+    grads = [None, None, None]
+    if of_spikes or of_bias:  # which read no element of the spikes
+        like = torch.empty_strided(spikes.shape, spikes.stride(), dtype=spikes.dtype, device=spikes.device)
+        grads = [*func(grad, like, weight, sizes, *geometry, *how, (of_spikes, False, of_bias))]
+    if of_weight:
+        words = _kernel().words(spikes.packed, tuple(spikes.shape), channels_last=lying)
+        into = torch.empty_like(weight)
+        grads[1] = _kernel().weight_gradient(words, tuple(spikes.shape), grad, into, *map(tuple, geometry))
+    return tuple(grads)
+
+
+_ONE, _NONE = (1, 1), (0, 0)
+
+
+@rule(_ATEN.mm.default)
+def _product(func, left, right, bias=None):
+    if isinstance(left, SpikeTensor):
+        if left.stride() == (left.shape[1], 1) and _fits(left, right, bias):
+            return _linear(left, right, bias)
+        if bias is None and left.stride() == (1, left.shape[0]) and _fits(left, right):
+            grad = _linear_weight_gradient(left.t(), right)
+            return grad if grad is NotImplemented else grad.t()
+    elif bias is None and right.stride() == (right.shape[1], 1) and _fits(right, left):
+        return _linear_weight_gradient(right, left.t())
+    return NotImplemented
+
+
+@rule(_ATEN.addmm.default)
+def _sum_with_product(func, bias, left, right, *, beta=1, alpha=1):
+    if beta != 1 or alpha != 1 or not isinstance(left, SpikeTensor) or bias.dim() != 1:
+        return NotImplemented
+    return _product(func, left, right, bias)
+
+
+def _linear(spikes: SpikeTensor, weight: Tensor, bias: Tensor | None):
+    """[P, C], [C, O], [O] -> [P, O]."""
+    if not _pays("spike_linear", rates.FORWARD, spikes, len(spikes) * weight.numel()):
+        return NotImplemented
+    size = (*spikes.shape, 1, 1)
+    words = _kernel().words(spikes.packed, size, channels_last=True)
+    weight = weight.t().unsqueeze(-1).unsqueeze(-1)
+    return _kernel().forward(words, size, weight, bias, _ONE, _NONE, _ONE).flatten(1)
+
+
+def _linear_weight_gradient(spikes: SpikeTensor, grad: Tensor):
+    """[P, C], [P, O] -> [O, C]."""
+    if not _pays("weight gradient", rates.WEIGHT_GRADIENT, spikes, grad.numel() * spikes.shape[1]):
+        return NotImplemented
+    size = (*spikes.shape, 1, 1)
+    words = _kernel().words(spikes.packed, size, channels_last=True)
+    into = grad.new_empty(grad.shape[1], spikes.shape[1], 1, 1)
+    grad = grad.unsqueeze(-1).unsqueeze(-1)
+    return _kernel().weight_gradient(words, size, grad, into, _ONE, _NONE, _ONE).flatten(1)
+
+
+def _fits(spikes, *others: Tensor | None) -> bool:
+    """Whether there are bits, and plain tensors of the same dtype beside them that kernels have code for."""
+    return (
+        isinstance(spikes, SpikeTensor)
+        and spikes.packed is not None
+        and is_plain_memory(spikes)
+        and spikes.dtype in _DTYPES
+        and spikes.device.type == "cpu"
+        and all(each is None or (is_plain(each) and each.dtype is spikes.dtype) for each in others)
+    )
+
+
+def _layout(spikes: SpikeTensor) -> bool | None:
+    """Whether [P, C, H, W] lie channels_last; None where they lie neither so nor contiguously."""
+    if spikes.is_contiguous(memory_format=torch.channels_last):
+        return True
+    return False if spikes.is_contiguous() else None
+
+
+def _pays(kind: str, faster: dict[torch.dtype, float], spikes: SpikeTensor, multiplications: int) -> bool:
+    """Whether to skip zeros: where it was asked for, or is faster at the firing rate of these spikes."""
+    skip = spikes.always or (
+        not _here.dense
+        and skips(spikes.device, spikes.dtype)
+        and rates.pays(faster, spikes.dtype, multiplications, spikes._memory.count() / max(1, spikes.numel()))
+    )
+    calls[kind, "cpu" if skip else "torch"] += 1
+    return skip
+
+
+_kernel = functools.partial(kernel_module, "spike_conv", "cpu")
