@@ -2,7 +2,9 @@
 //
 // The sum over input channels and taps is cut into chunks of kWords words of 64 channels, whose weights for kColumns
 // output channels stay in the first-level cache while all pixels of a tile pass. The tile's sums stay in the
-// second-level cache from chunk to chunk. Numbers are added in an order that neither tiles nor threads change.
+// second-level cache from chunk to chunk. The places of a word's bits are listed once a tile, and a pixel's list is that
+// of its words at the chunk's taps, one after the other. Numbers are added in an order that neither tiles nor threads
+// change.
 #pragma once
 
 #include "../launch/pages.h"
@@ -62,6 +64,7 @@ class SpikeConv {
         groups((blocks + kGroup - 1) / kGroup),
         rows(a.P * a.OH),
         tile_rows(std::max<int64_t>(1, std::min(kTile / std::max<int64_t>(1, a.OW), rows * groups / threads))),
+        inputs(most_input_rows() * a.W),
         stream(streams<Number>(a.out, rows * a.OW, a.O) && kColumns * sizeof(Number) % 64 == 0),
         weights(new Weights[blocks * chunks]) {}
 
@@ -88,26 +91,56 @@ class SpikeConv {
  private:
   typedef Vector<float> V;
 
+  // The places of a word's set bits, lowest first.
+  struct alignas(64) Places {
+    uint8_t at[64];
+  };
+
+  // Input pixels of a tile are counted from its first row on; after the last there is one without spikes.
   struct Work {
-    std::vector<uint64_t> spikes;  // [pixels, kWords]
-    std::vector<uint8_t> lists;    // which rows of Weights are added: those of all pixels, one after the other
-    std::vector<int32_t> ends;     // [pixels], of their lists
-    std::vector<Columns> sums;     // [kGroup, pixels]
+    std::vector<Places> places[2];   // [inputs + 1] of words with an even number, and with an odd one
+    std::vector<uint8_t> counts[2];  // of each, how many
+    std::vector<int32_t> sources;    // [pixels, kWords]: which input pixel
+    std::vector<uint8_t> lists;      // which rows of Weights are added: those of all pixels, one after the other
+    std::vector<int32_t> ends;       // [pixels], of their lists
+    std::vector<Columns> sums;       // [kGroup, pixels]
+  };
+
+  // Rows of the input, counted through all frames, that a tile reads.
+  struct Range {
+    int64_t first, last;
   };
 
   const SpikeConvArguments& a;
   const int threads;
-  const int64_t words, taps, chunks, blocks, groups, rows, tile_rows;
+  const int64_t words, taps, chunks, blocks, groups, rows, tile_rows, inputs;
   const bool stream;                         // whether out is written past the caches
   const std::unique_ptr<Weights[]> weights;  // [blocks, chunks]; left as it is where no spike leads to
   const BitTable bits;
 
   void prepare(Work& work) const {
     const int64_t pixels = tile_rows * a.OW;
-    work.spikes.resize(pixels * kWords);
-    work.lists.resize(pixels * 64 * kWords + 8);
+    for (int i = 0; i < 2; ++i) work.places[i].resize(inputs + 1), work.counts[i].resize(inputs + 1);
+    work.sources.resize(pixels * kWords);
+    work.lists.resize(pixels * 64 * kWords + sizeof(Places));
     work.ends.resize(pixels);
     work.sums.resize(kGroup * pixels);
+  }
+
+  Range input_rows(int64_t first_row) const {
+    const int64_t last_row = std::min(first_row + tile_rows, rows) - 1, reach = (a.KH - 1) * a.dilation_h;
+    const int64_t first = first_row % a.OH * a.stride_h - a.padding_h, last = last_row % a.OH * a.stride_h - a.padding_h;
+    return {first_row / a.OH * a.H + std::clamp<int64_t>(first, 0, a.H - 1),
+            last_row / a.OH * a.H + std::clamp<int64_t>(last + reach, 0, a.H - 1)};
+  }
+
+  int64_t most_input_rows() const {
+    int64_t most = 0;
+    for (int64_t row = 0; row < rows; row += tile_rows) {
+      const Range range = input_rows(row);
+      most = std::max(most, range.last - range.first + 1);
+    }
+    return most;
   }
 
   // Term t of the sum is word t / taps of the input at tap t % taps, and word t % kWords of chunk t / kWords.
@@ -129,9 +162,12 @@ class SpikeConv {
 
   void convolve_tile(int64_t first_block, int64_t first_row, Work& work) const {
     const int64_t count = std::min(tile_rows, rows - first_row), pixels = count * a.OW;
+    const Range range = input_rows(first_row);
+    int64_t located = 0;  // words
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      gather(chunk, first_row, count, work.spikes.data());
-      list(pixels, work);
+      for (; located < std::min(words, (chunk * kWords + kWords - 1) / taps + 1); ++located) locate(located, range, work);
+      find_sources(chunk, first_row, count, range, work);
+      list(chunk, pixels, work);
       for (int64_t block = first_block; block < std::min(first_block + kGroup, blocks); ++block) {
         const int64_t column = block * kColumns, columns = columns_of(block);
         Columns* const sums = work.sums.data() + (block - first_block) * pixels;
@@ -147,41 +183,70 @@ class SpikeConv {
     }
   }
 
-  // Reads a chunk's words for `count` rows of outputs; outside the input there are no spikes.
-  SEAL_NOINLINE void gather(int64_t chunk, int64_t first_row, int64_t count, uint64_t* spikes) const {
+  // By a table, as it takes no branch that spikes decide; compressing vectors of AVX-512 took three times as long.
+  SEAL_NOINLINE void locate(int64_t word, Range range, Work& work) const {
+    Places* const places = work.places[word % 2].data();
+    uint8_t* const counts = work.counts[word % 2].data();
+    const int64_t first = range.first * a.W, count = (range.last + 1) * a.W - first;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint64_t spikes = a.words[(first + i) * words + word];
+      uint8_t room[sizeof(Places) + 8], *to = room;
+      for (int byte = 0; byte < 8; ++byte) {
+        const uint8_t set = uint8_t(spikes >> 8 * byte);
+        const uint64_t found = bits.places[set] + 8 * byte * 0x0101010101010101u;
+        std::memcpy(to, &found, 8);
+        to += bits.count[set];
+      }
+      std::memcpy(places[i].at, room, sizeof(Places));
+      counts[i] = uint8_t(to - room);
+    }
+    counts[inputs] = 0;
+  }
+
+  // Which input pixel meets each pixel of `count` rows of outputs at each of a chunk's taps.
+  SEAL_NOINLINE void find_sources(int64_t chunk, int64_t first_row, int64_t count, Range range, Work& work) const {
+    const int32_t none = int32_t(inputs);
     for (int64_t i = 0; i < kWords; ++i) {
-      const int64_t term = chunk * kWords + i, word = term / taps, tap = term % taps;
+      const int64_t term = chunk * kWords + i, tap = term % taps;
       const Tap v(a.H, a.OH, a.stride_h, a.padding_h, a.dilation_h, tap / a.KW);
       const Tap h(a.W, a.OW, a.stride_w, a.padding_w, a.dilation_w, tap % a.KW);
       int64_t p = first_row / a.OH, y = first_row % a.OH;
-      uint64_t* to = spikes + i;
+      int32_t* to = work.sources.data() + i;
       for (int64_t row = 0; row < count; ++row, to += a.OW * kWords) {
-        const bool inside = word < words && v.first <= y && y < v.last;
+        const bool inside = term / taps < words && v.first <= y && y < v.last;
         const int64_t first = inside ? h.first : a.OW, last = inside ? h.last : a.OW;
-        const int64_t start = (p * a.H + v.input(y)) * a.W;
+        const int32_t start = int32_t((p * a.H + v.input(y) - range.first) * a.W + h.offset);
         int64_t x = 0;
-        for (; x < first; ++x) to[x * kWords] = 0;
-        for (; x < last; ++x) to[x * kWords] = a.words[(start + h.input(x)) * words + word];
-        for (; x < a.OW; ++x) to[x * kWords] = 0;
+        for (; x < first; ++x) to[x * kWords] = none;
+        for (; x < last; ++x) to[x * kWords] = start + int32_t(x * h.stride);
+        for (; x < a.OW; ++x) to[x * kWords] = none;
         if (++y == a.OH) y = 0, ++p;
       }
     }
   }
 
-  // By a table, as it takes no branch that spikes decide; compressing vectors of AVX-512 took three times as long.
-  SEAL_NOINLINE void list(int64_t pixels, Work& work) const {
-    const uint64_t* spikes = work.spikes.data();
+  SEAL_NOINLINE void list(int64_t chunk, int64_t pixels, Work& work) const {
+    const Places* places[kWords];
+    const uint8_t* counts[kWords];
+    for (int64_t i = 0; i < kWords; ++i) {
+      const int64_t word = (chunk * kWords + i) / taps % 2;
+      places[i] = work.places[word].data(), counts[i] = work.counts[word].data();
+    }
+    const int32_t* sources = work.sources.data();
     uint8_t *const lists = work.lists.data(), *to = lists;
     int32_t* const ends = work.ends.data();
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {
       for (int i = 0; i < kWords; ++i) {
-        const uint64_t word = *spikes++;
-        for (int byte = 0; byte < 8; ++byte) {
-          const uint8_t set = uint8_t(word >> 8 * byte);
-          const uint64_t found = bits.places[set] + (64 * i + 8 * byte) * 0x0101010101010101u;
-          std::memcpy(to, &found, 8);
-          to += bits.count[set];
+        const int64_t source = *sources++;
+        const int count = counts[i][source];
+        constexpr int kCopied = 32;  // at a time: more than half of the bits are rarely set
+        for (int n = 0; n < count; n += kCopied) {
+          uint64_t part[kCopied / 8];
+          std::memcpy(part, places[i][source].at + n, sizeof part);
+          for (uint64_t& eight : part) eight += 64 * i * 0x0101010101010101u;
+          std::memcpy(to + n, part, sizeof part);
         }
+        to += count;
       }
       ends[pixel] = int32_t(to - lists);
     }
