@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+import os
 import re
 from pathlib import Path
 
@@ -74,8 +75,19 @@ def missing() -> str:
 
 @functools.cache
 def isa() -> str:
-    """The best compiled instruction set that this processor runs."""
-    return [name for name in _compiled(library()) if getattr(library(), f"seal_cpu_runs_{name}")()][-1]
+    """The best compiled instruction set that this processor runs; of those that SEAL_FAST_ISA names, if it is set.
+
+    Raises:
+        ValueError: None of those runs here.
+    """
+    able = [name for name in _compiled(library()) if getattr(library(), f"seal_cpu_runs_{name}")()]
+    wanted = os.environ.get("SEAL_FAST_ISA")
+    chosen = [name for name in able if not wanted or name in wanted.split(",")]
+    if not chosen:
+        raise ValueError(
+            f"SEAL_FAST_ISA must name one of {', '.join(able)}, with commas between several; got {wanted}."
+        )
+    return chosen[-1]
 
 
 @functools.cache

@@ -259,8 +259,13 @@ def test_environment_variable_may_change_between_calls(monkeypatch):
 
 def test_backends_says_what_can_run_here_and_why_not():
     table = backends()
-    assert table.keys() == {"lif", "bn_lif", "seal_loss", "selective_alignment_weights"}
+    of_spikes = {"spike_conv2d", "spike_linear"}  # which have no kernel of their own on GPUs
+    assert table.keys() == {"lif", "bn_lif", "seal_loss", "selective_alignment_weights", *of_spikes}
     for operator, row in table.items():
+        if operator in of_spikes:
+            assert list(row) == ["cpu", "torch", "triton", "cupy"]
+            assert not row["triton"].available
+            continue
         on_gpus = ["triton", "cupy"] if operator in ("lif", "bn_lif") else ["cupy", "triton"]
         assert list(row) == [*on_gpus, "cpu", "torch"]
         assert row["torch"].available
