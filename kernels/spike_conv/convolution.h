@@ -9,12 +9,12 @@
 SEAL_STRUCT(SpikeConvArguments,
   const uint64_t* words;       // [P, H, W, ceil(C/64)]: bit c % 64 of word c / 64 is channel c; bits beyond C are 0
   const void *weight, *bias;   // [O, C, KH, KW], [O]
-  void* out;                   // [P, OH, OW, O]
+  void* out;                   // [P, OH, OW, O], or [P, O, OH, OW] where it is in planes
   const void* grad_out;        // [P, OH, OW, O]
   void* grad_weight;           // [O, C, KH, KW]
   int64_t P, H, W, C, O, OH, OW, weight_o, weight_c, weight_h, weight_w;
   int64_t KH, KW, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  int32_t dtype, threads;      // dtype: of all but words
+  int32_t dtype, planes, threads;  // dtype: of all but words
 )
 
 namespace {  // of each instruction set's own code

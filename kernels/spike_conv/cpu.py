@@ -59,12 +59,13 @@ def forward(
     stride: Pair,
     padding: Pair,
     dilation: Pair,
+    *,
+    channels_last: bool = True,  # whether the output is; else it is contiguous
 ) -> Tensor:
-    """[P, O, OH, OW] in the weight's dtype, channels_last; sums are in float32."""
+    """[P, O, OH, OW] in the weight's dtype; sums are in float32."""
     out_size = output_size(size[2:], tuple(weight.shape[2:]), stride, padding, dilation)
-    out = torch.empty(
-        size[0], len(weight), *out_size, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last
-    )
+    lying = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(size[0], len(weight), *out_size, dtype=weight.dtype, device=weight.device, memory_format=lying)
     if bias is not None:
         bias = bias.contiguous()
     tensors = {"weight": weight, "bias": bias, "out": out}
@@ -109,6 +110,7 @@ def _run(name: str, spikes: Tensor, size, weight: Tensor, out: Tensor, geometry,
         KH=weight.shape[2],
         KW=weight.shape[3],
         dtype=DTYPES[weight.dtype],
+        planes=not out.is_contiguous(memory_format=torch.channels_last),
         threads=torch.get_num_threads(),
     )
     run(name, arguments)

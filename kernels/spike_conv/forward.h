@@ -65,7 +65,7 @@ class SpikeConv {
         rows(a.P * a.OH),
         tile_rows(std::max<int64_t>(1, std::min(kTile / std::max<int64_t>(1, a.OW), rows * groups / threads))),
         inputs(most_input_rows() * a.W),
-        stream(streams<Number>(a.out, rows * a.OW, a.O) && kColumns * sizeof(Number) % 64 == 0),
+        stream(!a.planes && streams<Number>(a.out, rows * a.OW, a.O) && kColumns * sizeof(Number) % 64 == 0),
         weights(new Weights[blocks * chunks]) {}
 
   void run() const {
@@ -177,6 +177,10 @@ class SpikeConv {
         }
         add(weights[block * chunks + chunk].rows, pixels, chunk ? nullptr : &bias, sums, work);
         if (chunk < chunks - 1) continue;
+        if (a.planes) {
+          write_planes(sums, first_row, count, column, columns);
+          continue;
+        }
         Number* out = static_cast<Number*>(a.out) + first_row * a.OW * a.O + column;
         for (int64_t pixel = 0; pixel < pixels; ++pixel, out += a.O) write(sums[pixel].at, columns, out);
       }
@@ -267,6 +271,22 @@ class SpikeConv {
         for (int v = 0; v < kVectors; ++v) sum[v] += row[v];
       }
       for (int v = 0; v < kVectors; ++v) store_vector(sums[pixel].at + v * kLanes, sum[v]);
+    }
+  }
+
+  // A pixel's sums lie kColumns apart in planes: 16 pixels a time are a line of each plane.
+  SEAL_NOINLINE void write_planes(const Columns* sums, int64_t first_row, int64_t count, int64_t column,
+                                  int64_t columns) const {
+    const int64_t plane = a.OH * a.OW;
+    for (int64_t row = 0; row < count; ++row, sums += a.OW) {
+      const int64_t p = (first_row + row) / a.OH, y = (first_row + row) % a.OH;
+      Number* out = static_cast<Number*>(a.out) + (p * a.O + column) * plane + y * a.OW;
+      for (int64_t first = 0; first < a.OW; first += 16) {
+        const int64_t last = std::min(a.OW, first + 16);
+        for (int64_t o = 0; o < columns; ++o) {
+          for (int64_t x = first; x < last; ++x) store(out[o * plane + x], sums[x].at[o]);
+        }
+      }
     }
   }
 

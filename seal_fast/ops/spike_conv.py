@@ -185,7 +185,9 @@ def _convolution(func, spikes, weight, bias, stride, padding, dilation, transpos
     if not _pays("spike_conv2d", rates.FORWARD, spikes, spikes.shape[0] * outputs[0] * outputs[1] * weight.numel()):
         return NotImplemented
     words = _kernel().words(spikes.packed, tuple(spikes.shape), channels_last=lying)
-    return _kernel().forward(words, tuple(spikes.shape), weight, bias, *geometry)
+    # As torch's convolution, whose output is channels_last where its input or its weights are.
+    last = lying or (weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous())
+    return _kernel().forward(words, tuple(spikes.shape), weight, bias, *geometry, channels_last=last)
 
 
 @rule(_ATEN.convolution_backward.default)

@@ -32,7 +32,7 @@ ROW = "return static_cast<const Number*>(a.x) + t * a.x_stride;"
 )
 def test_they_find_what_is_wrong(old, new, found, tmp_path):
     native.copied(tmp_path)
-    for room in ("bn_lif", "packing", "seal_loss"):
+    for room in ("bn_lif", "packing", "seal_loss", "spike_conv"):
         (tmp_path / "kernels" / room / "cpu.cpp").unlink()
     native.changed(tmp_path, {"lif/cpu.cpp": [(old, new)]})
     result = sanitize.check(tmp_path, "baseline", ["test_native_sizes.py::test_lif"])

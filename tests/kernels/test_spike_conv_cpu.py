@@ -52,6 +52,9 @@ def check(
     out = cpu.forward(words, size, weight, bias, *geometry)
     assert out.dtype == dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
+    planes = cpu.forward(words, size, weight, bias, *geometry, channels_last=False)
+    assert planes.is_contiguous()
+    assert torch.equal(planes, out)
     assert_near(out, reference.forward(spikes.double(), weight.double(), bias.double(), *geometry), FORWARD[dtype])
     grad_out = random(*out.shape, dtype=dtype, seed=3)
     grad = cpu.weight_gradient(words, size, grad_out, torch.full_like(weight, torch.nan), *geometry)

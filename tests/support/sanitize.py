@@ -21,7 +21,7 @@ from seal_fast.kernels.launch import cpu
 
 FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 TESTS = [
-    *(f"test_{name}.py" for name in ("lif_cpu", "bn_lif_cpu", "seal_loss_cpu", "native_sizes")),
+    *(f"test_{name}.py" for name in ("lif_cpu", "bn_lif_cpu", "seal_loss_cpu", "spike_conv_cpu", "native_sizes")),
     "test_packing.py::test_unpacking_gives_what_was_packed",
 ]
 
