@@ -63,7 +63,7 @@ int64_t count(const CountArguments& a) {
     total += bits_set(word);
   }
   uint64_t rest = 0;
-  std::memcpy(&rest, a.packed + 8 * words, a.bytes % 8);
+  if (a.bytes % 8) std::memcpy(&rest, a.packed + 8 * words, a.bytes % 8);
   return total + bits_set(rest);
 }
 

@@ -15,7 +15,7 @@ from torch.nn.modules.utils import _pair
 
 from ..backends import resolve
 from ..kernels.packing.reference import pack
-from ..kernels.spike_conv import rule as rates
+from ..kernels.spike_conv import rule as measured
 from ._arguments import require_device, require_float_tensor, shape
 from ._dispatch import is_plain, kernel_module
 from ._spike_tensor import SpikeTensor, is_plain_memory, plain, rule
@@ -182,7 +182,7 @@ def _convolution(func, spikes, weight, bias, stride, padding, dilation, transpos
         return NotImplemented
     geometry = (*map(tuple, (stride, padding, dilation)),)
     outputs = _kernel().output_size(tuple(spikes.shape[2:]), tuple(weight.shape[2:]), *geometry)
-    if not _pays("spike_conv2d", rates.FORWARD, spikes, spikes.shape[0] * outputs[0] * outputs[1] * weight.numel()):
+    if not _pays("spike_conv2d", spikes, spikes.shape[0] * outputs[0] * outputs[1] * weight.numel()):
         return NotImplemented
     words = _kernel().words(spikes.packed, tuple(spikes.shape), channels_last=lying)
     # As torch's convolution, whose output is channels_last where its input or its weights are.
@@ -199,9 +199,7 @@ def _convolution_backward(func, grad, spikes, weight, sizes, stride, padding, di
     lying = None
     if of_weight and not transposed and groups == 1 and spikes.dim() == 4 and _fits(spikes, weight, grad):
         lying = _layout(spikes)
-    if of_weight and (
-        lying is None or not _pays("weight gradient", rates.WEIGHT_GRADIENT, spikes, grad.numel() * weight[0].numel())
-    ):
+    if of_weight and (lying is None or not _pays("weight gradient", spikes, grad.numel() * weight[0].numel())):
         return NotImplemented
     geometry = stride, padding, dilation
     grads = [None, None, None]
@@ -240,7 +238,7 @@ def _sum_with_product(func, bias, left, right, *, beta=1, alpha=1):
 
 def _linear(spikes: SpikeTensor, weight: Tensor, bias: Tensor | None):
     """[P, C], [C, O], [O] -> [P, O]."""
-    if not _pays("spike_linear", rates.FORWARD, spikes, len(spikes) * weight.numel()):
+    if not _pays("spike_linear", spikes, len(spikes) * weight.numel()):
         return NotImplemented
     size = (*spikes.shape, 1, 1)
     words = _kernel().words(spikes.packed, size, channels_last=True)
@@ -250,7 +248,7 @@ def _linear(spikes: SpikeTensor, weight: Tensor, bias: Tensor | None):
 
 def _linear_weight_gradient(spikes: SpikeTensor, grad: Tensor):
     """[P, C], [P, O] -> [O, C]."""
-    if not _pays("weight gradient", rates.WEIGHT_GRADIENT, spikes, grad.numel() * spikes.shape[1]):
+    if not _pays("weight gradient", spikes, grad.numel() * spikes.shape[1]):
         return NotImplemented
     size = (*spikes.shape, 1, 1)
     words = _kernel().words(spikes.packed, size, channels_last=True)
@@ -278,13 +276,13 @@ def _layout(spikes: SpikeTensor) -> bool | None:
     return False if spikes.is_contiguous() else None
 
 
-def _pays(kind: str, faster: dict[torch.dtype, float], spikes: SpikeTensor, multiplications: int) -> bool:
+def _pays(kind: str, spikes: SpikeTensor, multiplications: int) -> bool:
     """Whether to skip zeros: where it was asked for, or is faster at the firing rate of these spikes."""
-    skip = spikes.always or (
-        not _here.dense
-        and skips(spikes.device, spikes.dtype)
-        and rates.pays(faster, spikes.dtype, multiplications, spikes._memory.count() / max(1, spikes.numel()))
-    )
+    skip = spikes.always
+    if not skip and multiplications >= measured.LEAST and not _here.dense and skips(spikes.device, spikes.dtype):
+        turn = measured.turn(spikes.dtype)
+        limit = turn.weight_gradient if kind == "weight gradient" else turn.forward
+        skip = spikes._memory.count() <= limit * spikes.numel()
     calls[kind, "cpu" if skip else "torch"] += 1
     return skip
 

@@ -20,6 +20,7 @@ def of_any_size(monkeypatch):
     """Let neurons of few elements give bits, and small convolutions skip."""
     monkeypatch.setattr(spike_conv, "LEAST", 8)
     monkeypatch.setattr(rule, "LEAST", 0)
+    monkeypatch.setattr(rule, "turn", lambda dtype: rule.Turn(0.6, 0.4))
     spike_conv.calls.clear()
 
 
@@ -100,17 +101,31 @@ def test_autocast_casts_bits_for_nothing():
     assert chosen("spike_conv2d") == {"cpu"}
 
 
-RATES = {torch.float32: (0.05, 0.95), torch.bfloat16: (0.05, 0.7)}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rate", "forward", "weight_gradient"), [(0.2, "cpu", "cpu"), (0.5, "cpu", "torch"), (0.8, "torch", "torch")]
+)
+def test_the_firing_rate_decides_call_by_call(rate, forward, weight_gradient, dtype):
+    spikes, _ = fired(4, 32, 8, 8, rate=rate)
+    weight = normal(8, 32, 3, 3).to(dtype).requires_grad_()
+    F.conv2d(spikes.to(dtype), weight).sum().backward()
+    assert chosen("spike_conv2d") == {forward}
+    assert chosen("weight gradient") == {weight_gradient}
 
 
-@pytest.mark.parametrize("dtype", RATES, ids=str)
-def test_the_firing_rate_decides_call_by_call(dtype):
-    for rate, kernel in zip(RATES[dtype], ("cpu", "torch"), strict=True):
-        spikes, _ = fired(4, 32, 8, 8, rate=rate)
-        weight = normal(8, 32, 3, 3).to(dtype).requires_grad_()
-        spike_conv.calls.clear()
-        F.conv2d(spikes.to(dtype), weight).sum().backward()
-        assert chosen("spike_conv2d") == chosen("weight gradient") == {kernel}
+AMX, BF16 = "_is_amx_tile_supported", "_is_avx512_bf16_supported"
+
+
+@pytest.mark.parametrize(
+    ("supported", "expected"),
+    [((), rule.SLOW_BFLOAT16), ((BF16,), rule.BFLOAT16), ((BF16, AMX), rule.Turn(0.0, 0.0))],
+)
+def test_what_the_processor_multiplies_decides_in_bfloat16(supported, expected, monkeypatch):
+    monkeypatch.undo()  # the rule itself
+    for check in (AMX, BF16):
+        monkeypatch.setattr(torch.cpu, check, lambda check=check: check in supported, raising=False)
+    assert rule.turn.__wrapped__(torch.bfloat16) == expected
+    assert rule.turn.__wrapped__(torch.float32) == rule.FLOAT32
 
 
 def test_calls_too_small_to_be_worth_it_are_dense(monkeypatch):
@@ -194,7 +209,7 @@ def gradients_of(network, x, amp, dense):
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_students_give_what_dense_ones_give(amp):
-    """So few neurons that rounding moves none of them over the threshold. Measured: equal logits, gradients 5e-7 apart."""
+    """Of so few neurons, rounding moves none over the threshold. Measured: equal logits, gradients 5e-7 apart."""
     torch.manual_seed(0)
     network = models.student("resnet8", num_classes=10, time_steps=2).to(memory_format=torch.channels_last)
     x = normal(2, 3, 8, 8)
