@@ -10,6 +10,7 @@ import torch
 
 from seal_fast.backends import available
 from seal_fast.backends import resolve as resolve_backend
+from seal_fast.ops import spike_conv
 from seal_fast.train import checkpoint, ranks
 from seal_fast.train.defaults import fill_in
 from seal_fast.train.errors import UsageError
@@ -187,12 +188,17 @@ def memory_format(args: argparse.Namespace) -> torch.memory_format:
 def kernels_of(args: argparse.Namespace) -> dict[str, str]:
     """Operator -> backend of the kernels that a student's run uses; the loss has fewer backends than the neurons.
 
+    On the CPU that includes convolutions of spikes, which kernels run where few neurons fire.
+
     Raises:
         ValueError: The backend that the options name cannot run one of them.
     """
     device = torch.device(args.device)
     chosen = {operator: resolve_backend(args.backend, operator, device) for operator in ("lif", "bn_lif")}
     loss = args.backend if args.backend in ("auto", *available("seal_loss")) else "auto"
+    if device.type == "cpu":
+        skips = chosen["bn_lif"] == "cpu" and spike_conv.skips(device, torch.float32)
+        chosen["spike_conv2d"] = "cpu" if skips else "torch"
     return {**chosen, "seal_loss": resolve_backend(loss, "seal_loss", device, time_steps=args.T)}
 
 

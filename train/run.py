@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+from collections import Counter
 
 import torch
 from torch.utils.data import DataLoader
 
 from seal_fast import reuse_freed_memory
+from seal_fast.ops import spike_conv
 from seal_fast.train import checkpoint, data, ranks
 from seal_fast.train.batches import Batches, Seeded
 from seal_fast.train.checks import kernels_of, memory_format, resolve, saving, smallest_part
@@ -143,6 +145,7 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
         ranks.from_first(run.save, content)
 
     ranks.from_first(run.begin, args)
+    calls_before = Counter(spike_conv.calls)
     steps, seconds = saving(args.save_every)
     with contextlib.ExitStack() as open_until_the_end:
         open_until_the_end.enter_context(signals)
@@ -181,7 +184,20 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
             keeper.after_epoch()
     best = state.best
     ranks.say(f"best accuracy {best['accuracy']:.2%} (epoch {best['epoch']}); everything is in {run.folder}")
+    if calls := spike_conv.calls - calls_before:
+        ranks.say(_skipped(calls))
     return {**best, "folder": run.folder}
+
+
+def _skipped(calls: Counter) -> str:
+    """What ran the convolutions of spikes; of other layers nothing is counted."""
+    by_kernel = Counter()
+    for (_, kernel), count in calls.items():
+        by_kernel[kernel] += count
+    return (
+        f"convolutions of spikes, and their weights' gradients: {by_kernel['cpu']} calls skipped what did not fire, "
+        f"{by_kernel['torch']} were dense"
+    )
 
 
 def _keep_start(args: argparse.Namespace, began_from: str | None, run: Run) -> None:
