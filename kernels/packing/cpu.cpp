@@ -1,4 +1,5 @@
-// Packed spikes back to numbers, and how many there are, on the CPU. Compiled once for each instruction set in ISA (setup.py).
+// Packed spikes back to numbers, and how many there are, on the CPU. Compiled once for each instruction set in ISA
+// (setup.py).
 #include "../launch/export.h"
 #include "../launch/bits.h"
 #include "../launch/pages.h"

@@ -2,9 +2,9 @@
 //
 // The sum over input channels and taps is cut into chunks of kWords words of 64 channels, whose weights for kColumns
 // output channels stay in the first-level cache while all pixels of a tile pass. The tile's sums stay in the
-// second-level cache from chunk to chunk. The places of a word's bits are listed once a tile, and a pixel's list is that
-// of its words at the chunk's taps, one after the other. Numbers are added in an order that neither tiles nor threads
-// change.
+// second-level cache from chunk to chunk. The places of a word's bits are listed once a tile, and a pixel's list is
+// that of its words at the chunk's taps, one after the other. Numbers are added in an order that neither tiles nor
+// threads change.
 #pragma once
 
 #include "../launch/pages.h"
@@ -22,8 +22,9 @@ namespace {  // of each instruction set's own code
 constexpr int kLanes = VectorOf<float>::kLanes, kVectors = std::min(8, 64 / kLanes), kColumns = kVectors * kLanes;
 constexpr int kWords = 2;
 
-// Pixels of a tile, and blocks of columns that share its lists: 256 pixels and 8 blocks were no faster.
-constexpr int64_t kTile = 512, kGroup = 4;
+// Pixels of a tile, and blocks of columns that share its lists: 256 pixels and 8 blocks were no faster. A tile reads so
+// many input pixels at most that their lists stay in the second-level cache, or a row of outputs.
+constexpr int64_t kTile = 512, kGroup = 4, kInputs = 2048;
 
 // Numbers of kColumns output channels: the weights of one input channel at one tap, or the sums of one pixel.
 struct alignas(64) Columns {
@@ -63,7 +64,8 @@ class SpikeConv {
         blocks((a.O + kColumns - 1) / kColumns),
         groups((blocks + kGroup - 1) / kGroup),
         rows(a.P * a.OH),
-        tile_rows(std::max<int64_t>(1, std::min(kTile / std::max<int64_t>(1, a.OW), rows * groups / threads))),
+        tile_rows(std::max<int64_t>(1, std::min({kTile / std::max<int64_t>(1, a.OW), kInputs * a.OH / (a.H * a.W),
+                                                 rows * groups / threads}))),
         inputs(most_input_rows() * a.W),
         stream(!a.planes && streams<Number>(a.out, rows * a.OW, a.O) && kColumns * sizeof(Number) % 64 == 0),
         weights(new Weights[blocks * chunks]) {}
@@ -129,7 +131,8 @@ class SpikeConv {
 
   Range input_rows(int64_t first_row) const {
     const int64_t last_row = std::min(first_row + tile_rows, rows) - 1, reach = (a.KH - 1) * a.dilation_h;
-    const int64_t first = first_row % a.OH * a.stride_h - a.padding_h, last = last_row % a.OH * a.stride_h - a.padding_h;
+    const int64_t first = first_row % a.OH * a.stride_h - a.padding_h;
+    const int64_t last = last_row % a.OH * a.stride_h - a.padding_h;
     return {first_row / a.OH * a.H + std::clamp<int64_t>(first, 0, a.H - 1),
             last_row / a.OH * a.H + std::clamp<int64_t>(last + reach, 0, a.H - 1)};
   }
@@ -165,7 +168,8 @@ class SpikeConv {
     const Range range = input_rows(first_row);
     int64_t located = 0;  // words
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      for (; located < std::min(words, (chunk * kWords + kWords - 1) / taps + 1); ++located) locate(located, range, work);
+      const int64_t needed = std::min(words, (chunk * kWords + kWords - 1) / taps + 1);
+      for (; located < needed; ++located) locate(located, range, work);
       find_sources(chunk, first_row, count, range, work);
       list(chunk, pixels, work);
       for (int64_t block = first_block; block < std::min(first_block + kGroup, blocks); ++block) {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
 from collections.abc import Callable
 
 import torch
@@ -15,6 +17,7 @@ from ._dispatch import kernel_module
 
 _ATEN = torch.ops.aten
 
+_settling = threading.Lock()
 # Called with numbers [N] and the bits that they take the place of.
 SETTLED: list[Callable[[Tensor, Tensor], None]] = []
 
@@ -31,26 +34,36 @@ class _Memory:
         self.packed, self.numbers = packed, numbers
         self._count: int | None = None
 
+    @property
+    def held(self) -> Tensor:
+        """The memory, of whichever kind."""
+        packed = self.packed  # read once: another thread may take it away
+        return self.numbers if packed is None else packed
+
     def count(self) -> int:
-        """How many spikes there are."""
-        if self._count is None:
-            self._count = _packing(self.packed).count(self.packed)
+        """How many bits are set; they have to be held."""
+        packed = self.packed
+        if self._count is None and packed is not None:
+            self._count = _packing(packed).count(packed)
         return self._count
 
     def unpacked(self, N: int, dtype: torch.dtype) -> Tensor:
         """The spikes [N], in memory of their own where bits are held."""
-        if self.numbers is not None:
+        packed = self.packed
+        if packed is None:
             return self.numbers
-        return _packing(self.packed).unpack(self.packed.view(1, -1), N, dtype)[0]
+        return _packing(packed).unpack(packed.view(1, -1), N, dtype)[0]
 
     def settle(self, N: int, dtype: torch.dtype) -> Tensor:
         """Hold numbers from now on."""
-        if self.numbers is None:
-            numbers = self.unpacked(N, dtype)
-            for told in SETTLED:
-                told(numbers, self.packed)
-            self.packed, self.numbers = None, numbers
-        return self.numbers
+        with _settling:
+            if self.numbers is None:
+                numbers = self.unpacked(N, dtype)
+                for told in SETTLED:
+                    told(numbers, self.packed)
+                self.numbers = numbers
+                self.packed = None
+            return self.numbers
 
 
 class SpikeTensor(Tensor):
@@ -85,7 +98,7 @@ class SpikeTensor(Tensor):
     @property
     def held(self) -> Tensor:
         """The memory, of whichever kind."""
-        return self._memory.numbers if self._memory.packed is None else self._memory.packed
+        return self._memory.held
 
     def kept(self) -> SpikeTensor:
         """These spikes as they are now, for a graph: bits stay bits there."""
@@ -94,7 +107,7 @@ class SpikeTensor(Tensor):
         return view
 
     def firing_rate(self) -> float:
-        """The share of ones."""
+        """The share of ones; of numbers that were written meanwhile their mean."""
         return float(self.detach().mean(dtype=torch.float64))
 
     def numbers(self, *, lasting: bool = False) -> Tensor:
@@ -105,7 +118,8 @@ class SpikeTensor(Tensor):
 
     def alike(self, size, stride) -> SpikeTensor:
         """A view: the same memory in another shape."""
-        view = SpikeTensor(self._memory, size, stride, self.dtype, self.device)
+        with _mode_of(self):
+            view = SpikeTensor(self._memory, size, stride, self.dtype, self.device)
         view.always = self.always
         return view
 
@@ -143,6 +157,26 @@ class SpikeTensor(Tensor):
     def data_ptr(self) -> int:
         return self.numbers(lasting=True).data_ptr()
 
+    def apply_(self, function):
+        self.numbers(lasting=True).apply_(function)
+        return self
+
+    def map_(self, tensor, function):
+        self.numbers(lasting=True).map_(tensor, function)
+        return self
+
+    def map2_(self, x, y, function):
+        self.numbers(lasting=True).map2_(x, y, function)
+        return self
+
+    @property
+    def data(self) -> SpikeTensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise TypeError("data of a SpikeTensor cannot be replaced: copy_ writes to it, and clone gives a plain tensor.")
+
     def share_memory_(self):
         self.numbers(lasting=True).share_memory_()
         return self
@@ -157,7 +191,9 @@ class SpikeTensor(Tensor):
         return self.held.__dlpack_device__()
 
     def __deepcopy__(self, memo):
-        return copy.deepcopy(self.clone(), memo)
+        if not self.is_leaf:
+            return copy.deepcopy(self.clone(), memo)  # which refuses
+        return copy.deepcopy(self.numbers(), memo).requires_grad_(self.requires_grad)
 
     def __reduce_ex__(self, protocol):
         return self._plain().__reduce_ex__(protocol)
@@ -190,11 +226,29 @@ def _on_numbers(func, args, kwargs):
         result = func.decompose(*args, **kwargs)  # as in inference mode; its parts may have a rule
         if result is not NotImplemented:
             return result
+    if func in _OF_SHAPE or torch.Tag.inplace_view in func.tags:
+        raise NotImplementedError(
+            f"{func} cannot change the shape of a SpikeTensor in place: clone() gives a plain one."
+        )
     schema = func._schema
-    lasting = schema.is_mutable or any(returned.alias_info for returned in schema.returns)
-    args_of, kwargs_of = tree_map_only(SpikeTensor, lambda each: each.numbers(lasting=lasting), (args, kwargs))
-    result = func(*args_of, **kwargs_of)
+    # Schemas of others, such as the collectives of torch.distributed, do not tell what is written to.
+    lasting = schema.is_mutable or any(each.alias_info for each in schema.returns) or func.namespace != "aten"
+    spikes = next((each for each in args if isinstance(each, SpikeTensor)), None)
+    with _mode_of(spikes) if lasting and spikes is not None else contextlib.nullcontext():
+        args_of, kwargs_of = tree_map_only(SpikeTensor, lambda each: each.numbers(lasting=lasting), (args, kwargs))
+        result = func(*args_of, **kwargs_of)
     return args[0] if schema.is_mutable and isinstance(result, Tensor) and isinstance(args[0], SpikeTensor) else result
+
+
+_OF_SHAPE = (_ATEN.resize_.default, _ATEN.set_.source_Tensor, _ATEN.set_.source_Storage_storage_offset)
+
+
+def _mode_of(spikes: SpikeTensor):
+    """In inference mode or not, as when the spikes were made: their views are of the same kind."""
+    is_inference = spikes.is_inference()
+    if is_inference is torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.inference_mode(is_inference)
 
 
 def _blank(spikes: SpikeTensor, **options) -> Tensor:
@@ -217,9 +271,7 @@ def _blank(spikes: SpikeTensor, **options) -> Tensor:
     _ATEN.detach.default,
 )
 def _view(func, spikes, *args, **kwargs):
-    """Another order of the axes or another shape of the same memory."""
-    if not is_plain_memory(spikes):
-        return NotImplemented
+    """Another order of the axes or another shape of the same memory, while torch.compile traces as well."""
     if func in (_ATEN.detach.default, _ATEN.alias.default):
         return spikes.alike(spikes.shape, spikes.stride())
     shaped = func(_blank(spikes), *args, **kwargs)
@@ -260,8 +312,9 @@ def _total(func, spikes, *, dtype=None):
 
 
 def is_plain_memory(spikes: SpikeTensor) -> bool:
-    """Whether the bits are at hand; they are not while torch.compile traces."""
-    return type(spikes.held) is Tensor and spikes.held.device.type != "meta"
+    """Whether kernels can read the bits; they cannot while torch.compile traces, nor for a mode with fake tensors."""
+    held = spikes.held
+    return type(held) is Tensor and held.device.type != "meta" and not torch._C._len_torch_dispatch_stack()
 
 
 def plain(tensor: Tensor | None) -> Tensor | None:
@@ -270,7 +323,7 @@ def plain(tensor: Tensor | None) -> Tensor | None:
 
 
 def _packing(packed: Tensor):
-    if type(packed) is not Tensor:
+    if type(packed) is not Tensor or torch._C._len_torch_dispatch_stack():
         return reference
     try:
         backend = resolve("auto", "lif", packed.device)

@@ -56,15 +56,15 @@ def bn_lif(
         return_membrane_input: Whether to return batch_norm(y) + residual as well, for pre-activation networks.
 
     Returns:
-        spikes [T·B, C, ...] in the dtype of batch_norm(y) + residual; and with `return_membrane_input` that sum, of
-        [B, C, ...] where nothing in it varies in time.
+        spikes [T·B, C, ...] in the dtype of batch_norm(y) + residual, many on the CPU as a `SpikeTensor`; and with
+        `return_membrane_input` that sum, of [B, C, ...] where nothing in it varies in time.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or value, or the backend of `lif` cannot run.
     """
     if isinstance(y, SpikeTensor) or isinstance(residual, SpikeTensor):
-        y, residual = plain(y), _bits_or_numbers(residual, y, residual_bn)
+        y, residual = plain(y), _bits_or_numbers(residual, y, residual_bn, 0 if static else time_steps)
     kind = time_steps, bool(static), bool(return_membrane_input), _packed.wanted(), True
     key = None
     if not torch.compiler.is_compiling():
@@ -123,8 +123,8 @@ def bn_lif(
     return _run(plan, [y, residual, *learned, *(each for norm in as_kernels_see for each in norm.tensors)], table)
 
 
-def _bits_or_numbers(residual: Tensor | None, y: Tensor, residual_bn: nn.Module | None) -> Tensor | None:
-    """Spikes as they are where a kernel reads their bits beside y, else as numbers."""
+def _bits_or_numbers(residual: Tensor | None, y: Tensor, residual_bn: nn.Module | None, rows: int) -> Tensor | None:
+    """Spikes as they are where a kernel reads their bits beside y, in so many rows, else as numbers."""
     if (
         isinstance(residual, SpikeTensor)
         and not torch.compiler.is_compiling()
@@ -133,6 +133,9 @@ def _bits_or_numbers(residual: Tensor | None, y: Tensor, residual_bn: nn.Module 
         and is_plain_memory(residual)
         and isinstance(y, Tensor)
         and (residual.shape, residual.stride(), residual.dtype) == (y.shape, y.stride(), y.dtype)
+        and isinstance(rows, int)
+        and rows > 0
+        and y.numel() % (8 * rows) == 0
     ):
         return residual
     return plain(residual)

@@ -56,7 +56,7 @@ def lif(
             torch.func and forward-mode AD, where "auto" takes it.
 
     Returns:
-        spikes: 0 or 1, with the shape, dtype and strides of x.
+        spikes: 0 or 1, with the shape, dtype and strides of x; many spikes on the CPU as a `SpikeTensor`.
         v_last: Membrane potential after the last step, shape of x[0]; float32 for 16-bit x, else x's dtype.
         packed: With `return_packed`; uint8 [T, ceil(N/8)], where N neurons lie in memory in the order of x[0]: bit i of
             byte j is the spike of neuron 8j + i.

@@ -7,6 +7,7 @@ import functools
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ _here = _Here()
 
 @contextlib.contextmanager
 def dense_convolutions() -> Iterator[None]:
-    """Within this context, neurons give dense spikes, and convolutions of spikes are torch's."""
+    """Within this context, neurons of this thread give dense spikes, and convolutions of spikes are torch's."""
     before, _here.dense = _here.dense, True
     try:
         yield
@@ -69,7 +70,8 @@ def spike_conv2d(
             rate of this call.
 
     Returns:
-        [P, O, OH, OW], which differ from those of a dense convolution by the order of the sums.
+        [P, O, OH, OW], which differ from those of a dense convolution by the order of the sums. A weight of inf or NaN
+        shows where a spike meets it, and not where a zero does.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -113,10 +115,14 @@ def _prepared(spikes: Tensor, weight: Tensor, bias: Tensor | None, backend: str,
     require_device("weight", weight, "spikes", spikes)
     if weight.dtype != spikes.dtype and not torch.is_autocast_enabled(spikes.device.type):
         raise TypeError(f"weight must be of the spikes' dtype, {spikes.dtype}; got {weight.dtype}.")
-    chosen = resolve(backend, operator, spikes.device, spikes.dtype)
+    if backend == "auto":  # SEAL_FAST_BACKEND may name a kernel of neurons that has none for this
+        chosen = "cpu" if skips(spikes.device, spikes.dtype) else "torch"
+    else:
+        chosen = resolve(backend, operator, spikes.device, spikes.dtype)
     if chosen == "torch" or torch.compiler.is_compiling():
         return plain(spikes)
-    if not isinstance(spikes, SpikeTensor) or spikes.packed is None:
+    as_bits = isinstance(spikes, SpikeTensor) and spikes.packed is not None
+    if not as_bits or (spikes.dim() == 4 and _layout(spikes) is None):
         if backend == "auto":
             return spikes
         spikes = _Pack.apply(spikes)
@@ -162,7 +168,7 @@ def fires_bits(like: Tensor, elements: int, rows: int) -> bool:
 
 
 # Spikes below which a call's time is the host's: convolutions of fewer are not worth a look.
-LEAST = 1 << 16
+LEAST = 1 << 18
 
 
 def skips(device: torch.device, dtype: torch.dtype) -> bool:
@@ -173,17 +179,42 @@ def skips(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
+class _Geometry(NamedTuple):
+    """What there is of a convolution besides its tensors, once for each axis."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @classmethod
+    def of(cls, *lists: list[int]) -> _Geometry | None:
+        """From lists of one or two numbers; None where torch would refuse them."""
+        if not all(len(each) in (1, 2) for each in lists):
+            return None
+        found = cls(*(tuple(each) * (2 // len(each)) for each in lists))
+        wrong = min(*found.stride, *found.dilation) < 1 or min(found.padding) < 0
+        return None if wrong else found
+
+
+def _output_size(spikes, weight: Tensor, geometry: _Geometry | None, *others: Tensor | None) -> tuple[int, int] | None:
+    """Height and width of what kernels make of spikes [P, C, H, W]; None where they cannot, or torch would raise."""
+    if geometry is None or not _fits(spikes, weight, *others) or spikes.dim() != 4 or weight.dim() != 4:
+        return None
+    if spikes.shape[1] != weight.shape[1] or 0 in weight.shape or _layout(spikes) is None:
+        return None
+    size = _kernel().output_size(tuple(spikes.shape[2:]), tuple(weight.shape[2:]), *geometry)
+    return size if min(size) > 0 else None
+
+
 @rule(_ATEN.convolution.default)
 def _convolution(func, spikes, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
-    if transposed or groups != 1 or not _fits(spikes, weight, bias) or spikes.dim() != 4:
+    geometry = _Geometry.of(stride, padding, dilation)
+    size = None if transposed or groups != 1 else _output_size(spikes, weight, geometry, bias)
+    if size is None or not _is_bias(bias, len(weight)):
+        return NotImplemented
+    if not _pays("spike_conv2d", spikes, len(spikes) * size[0] * size[1], weight, geometry):
         return NotImplemented
     lying = _layout(spikes)
-    if lying is None:
-        return NotImplemented
-    geometry = (*map(tuple, (stride, padding, dilation)),)
-    outputs = _kernel().output_size(tuple(spikes.shape[2:]), tuple(weight.shape[2:]), *geometry)
-    if not _pays("spike_conv2d", spikes, spikes.shape[0] * outputs[0] * outputs[1] * weight.numel()):
-        return NotImplemented
     words = _kernel().words(spikes.packed, tuple(spikes.shape), channels_last=lying)
     # As torch's convolution, whose output is channels_last where its input or its weights are.
     last = lying or (weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous())
@@ -196,30 +227,32 @@ def _convolution_backward(func, grad, spikes, weight, sizes, stride, padding, di
     transposed, _, groups = how
     if not isinstance(spikes, SpikeTensor) or not is_plain_memory(spikes):
         return NotImplemented
-    lying = None
-    if of_weight and not transposed and groups == 1 and spikes.dim() == 4 and _fits(spikes, weight, grad):
-        lying = _layout(spikes)
-    if of_weight and (lying is None or not _pays("weight gradient", spikes, grad.numel() * weight[0].numel())):
-        return NotImplemented
-    geometry = stride, padding, dilation
     grads = [None, None, None]
-    if of_spikes or of_bias:  # which read no element of the spikes
-        like = torch.empty_strided(spikes.shape, spikes.stride(), dtype=spikes.dtype, device=spikes.device)
-        grads = [*func(grad, like, weight, sizes, *geometry, *how, (of_spikes, False, of_bias))]
     if of_weight:
-        words = _kernel().words(spikes.packed, tuple(spikes.shape), channels_last=lying)
+        geometry = _Geometry.of(stride, padding, dilation)
+        size = None if transposed or groups != 1 else _output_size(spikes, weight, geometry, grad)
+        if size is None or not _pays("weight gradient", spikes, len(spikes) * size[0] * size[1], weight, geometry):
+            return NotImplemented
+        words = _kernel().words(spikes.packed, tuple(spikes.shape), channels_last=_layout(spikes))
         into = torch.empty_like(weight)
-        grads[1] = _kernel().weight_gradient(words, tuple(spikes.shape), grad, into, *map(tuple, geometry))
+        grads[1] = _kernel().weight_gradient(words, tuple(spikes.shape), grad, into, *geometry)
+    if of_spikes:  # which reads no element of the spikes
+        like = torch.empty_strided(spikes.shape, spikes.stride(), dtype=spikes.dtype, device=spikes.device)
+        grads[0] = func(grad, like, weight, sizes, stride, padding, dilation, *how, (True, False, False))[0]
+    if of_bias:  # not by `func`, which would compute the weight's gradient for it
+        grads[2] = grad.sum([axis for axis in range(grad.dim()) if axis != 1])
     return tuple(grads)
 
 
-_ONE, _NONE = (1, 1), (0, 0)
+_LINEAR = _Geometry((1, 1), (0, 0), (1, 1))  # a linear layer is a convolution of single pixels
 
 
 @rule(_ATEN.mm.default)
 def _product(func, left, right, bias=None):
+    if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0] or 0 in right.shape:
+        return NotImplemented
     if isinstance(left, SpikeTensor):
-        if left.stride() == (left.shape[1], 1) and _fits(left, right, bias):
+        if left.stride() == (left.shape[1], 1) and _fits(left, right, bias) and _is_bias(bias, right.shape[1]):
             return _linear(left, right, bias)
         if bias is None and left.stride() == (1, left.shape[0]) and _fits(left, right):
             grad = _linear_weight_gradient(left.t(), right)
@@ -231,30 +264,34 @@ def _product(func, left, right, bias=None):
 
 @rule(_ATEN.addmm.default)
 def _sum_with_product(func, bias, left, right, *, beta=1, alpha=1):
-    if beta != 1 or alpha != 1 or not isinstance(left, SpikeTensor) or bias.dim() != 1:
+    if beta != 1 or alpha != 1 or not isinstance(left, SpikeTensor):
         return NotImplemented
     return _product(func, left, right, bias)
 
 
 def _linear(spikes: SpikeTensor, weight: Tensor, bias: Tensor | None):
     """[P, C], [C, O], [O] -> [P, O]."""
-    if not _pays("spike_linear", spikes, len(spikes) * weight.numel()):
+    weight = weight.t().unsqueeze(-1).unsqueeze(-1)
+    if not _pays("spike_linear", spikes, len(spikes), weight, _LINEAR):
         return NotImplemented
     size = (*spikes.shape, 1, 1)
     words = _kernel().words(spikes.packed, size, channels_last=True)
-    weight = weight.t().unsqueeze(-1).unsqueeze(-1)
-    return _kernel().forward(words, size, weight, bias, _ONE, _NONE, _ONE).flatten(1)
+    return _kernel().forward(words, size, weight, bias, *_LINEAR).flatten(1)
 
 
 def _linear_weight_gradient(spikes: SpikeTensor, grad: Tensor):
     """[P, C], [P, O] -> [O, C]."""
-    if not _pays("weight gradient", spikes, grad.numel() * spikes.shape[1]):
+    into = grad.new_empty(grad.shape[1], spikes.shape[1], 1, 1)
+    if not _pays("weight gradient", spikes, len(spikes), into, _LINEAR):
         return NotImplemented
     size = (*spikes.shape, 1, 1)
     words = _kernel().words(spikes.packed, size, channels_last=True)
-    into = grad.new_empty(grad.shape[1], spikes.shape[1], 1, 1)
     grad = grad.unsqueeze(-1).unsqueeze(-1)
-    return _kernel().weight_gradient(words, size, grad, into, _ONE, _NONE, _ONE).flatten(1)
+    return _kernel().weight_gradient(words, size, grad, into, *_LINEAR).flatten(1)
+
+
+def _is_bias(bias: Tensor | None, outputs: int) -> bool:
+    return bias is None or bias.shape == (outputs,)
 
 
 def _fits(spikes, *others: Tensor | None) -> bool:
@@ -262,6 +299,7 @@ def _fits(spikes, *others: Tensor | None) -> bool:
     return (
         isinstance(spikes, SpikeTensor)
         and spikes.packed is not None
+        and spikes.numel() > 0
         and is_plain_memory(spikes)
         and spikes.dtype in _DTYPES
         and spikes.device.type == "cpu"
@@ -276,13 +314,21 @@ def _layout(spikes: SpikeTensor) -> bool | None:
     return False if spikes.is_contiguous() else None
 
 
-def _pays(kind: str, spikes: SpikeTensor, multiplications: int) -> bool:
-    """Whether to skip zeros: where it was asked for, or is faster at the firing rate of these spikes."""
+def _pays(kind: str, spikes: SpikeTensor, pixels: int, weight: Tensor, geometry: _Geometry) -> bool:
+    """Whether to skip zeros: where it was asked for, or is faster at the firing rate of these spikes.
+
+    Args:
+        kind: A key of `calls`.
+        spikes: The input.
+        pixels: Of the output, all frames together.
+        weight: [O, C, KH, KW].
+        geometry: Of the convolution.
+    """
     skip = spikes.always
-    if not skip and multiplications >= measured.LEAST and not _here.dense and skips(spikes.device, spikes.dtype):
-        turn = measured.turn(spikes.dtype)
-        limit = turn.weight_gradient if kind == "weight gradient" else turn.forward
-        skip = spikes._memory.count() <= limit * spikes.numel()
+    if not skip and not _here.dense and skips(spikes.device, spikes.dtype):
+        of_weight = kind == "weight gradient"
+        limit = measured.limit(spikes.dtype, pixels, tuple(weight.shape), geometry.stride, of_weight=of_weight)
+        skip = limit > 0 and spikes._memory.count() <= limit * spikes.numel()
     calls[kind, "cpu" if skip else "torch"] += 1
     return skip
 

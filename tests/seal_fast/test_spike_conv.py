@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(cpu.library() is None, reason=cpu.missing())
 def of_any_size(monkeypatch):
     """Let neurons of few elements give bits, and small convolutions skip."""
     monkeypatch.setattr(spike_conv, "LEAST", 8)
-    monkeypatch.setattr(rule, "LEAST", 0)
+    for name, value in {"LEAST": 0, "REARRANGED": 0, "COLUMNS": 1}.items():
+        monkeypatch.setattr(rule, name, value)
     monkeypatch.setattr(rule, "turn", lambda dtype: rule.Turn(0.6, 0.4))
     spike_conv.calls.clear()
 
@@ -113,6 +114,22 @@ def test_the_firing_rate_decides_call_by_call(rate, forward, weight_gradient, dt
     assert chosen("weight gradient") == {weight_gradient}
 
 
+def test_few_pixels_and_few_outputs_are_dense_sooner(monkeypatch):
+    monkeypatch.undo()  # the rule itself
+    large, most = (64, 64, 3, 3), rule.FLOAT32.forward
+
+    def limit(pixels=10**5, weight=large, stride=(1, 1)):
+        return rule.limit(torch.float32, pixels, weight, stride, of_weight=False)
+
+    assert limit() == pytest.approx(most, rel=0.01)
+    assert limit(weight=(16, 64, 3, 3)) == pytest.approx(most / 4, rel=0.01)
+    assert limit(weight=(65, 64, 3, 3)) == pytest.approx(most * 65 / 128, rel=0.01)
+    assert limit(pixels=2 * rule.REARRANGED, weight=(512, 512, 3, 3)) == pytest.approx(most / 2)
+    assert limit(pixels=rule.REARRANGED, weight=(512, 512, 3, 3)) == 0
+    assert limit(weight=(64, 64, 1, 1), stride=(4, 4)) == 0
+    assert limit(pixels=1000, weight=(8, 8, 3, 3)) == 0
+
+
 AMX, BF16 = "_is_amx_tile_supported", "_is_avx512_bf16_supported"
 
 
@@ -181,6 +198,72 @@ def test_backends_tell_who_can():
     assert table["spike_linear"]["torch"].available
     with pytest.raises(ValueError, match="float32 and bfloat16"):
         spike_conv2d(normal(1, 2, 3, 3).double(), normal(1, 2, 3, 3).double(), backend="cpu")
+
+
+REFUSED = {  # what torch refuses, or reads in another way, goes to torch
+    "channels": lambda s, _: F.conv2d(s, normal(8, 16, 3, 3)),
+    "bias": lambda s, _: F.conv2d(s, normal(8, 32, 3, 3), normal(1)),
+    "kernel": lambda s, _: F.conv2d(s, normal(8, 32, 9, 9)),
+    "padding": lambda s, _: F.conv2d(s, normal(8, 32, 3, 3), padding=-1),
+    "dilation": lambda s, _: F.conv2d(s, normal(8, 32, 3, 3), dilation=0),
+    "stride": lambda s, _: F.conv2d(s, normal(8, 32, 3, 3), stride=0),
+    "inner axes": lambda _, rows: rows @ normal(20, 8),
+    "inner axes reversed": lambda _, rows: normal(8, 20) @ rows,
+    "linear bias": lambda _, rows: F.linear(rows, normal(8, 40), normal(7)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_torch_refuses_stays_refused(name):
+    spikes, rows = fired(4, 32, 8, 8)[0], fired(6, 40)[0]
+    with pytest.raises(RuntimeError):
+        REFUSED[name](spikes, rows)
+    with pytest.raises(RuntimeError):
+        REFUSED[name](spikes.clone(), rows.clone())
+
+
+EQUAL = {
+    "valid": lambda s, _: nn.Conv2d(32, 4, 3, padding="valid")(s),
+    "same": lambda s, _: nn.Conv2d(32, 4, 3, padding="same")(s),
+    "lists of one": lambda s, _: torch.convolution(s, normal(4, 32, 3, 3), None, [2], [1], [1], False, [0], 1),
+    "broadcast bias": lambda _, rows: F.linear(rows, normal(8, 40), normal(1)),
+    "no outputs": lambda _, rows: rows @ normal(40, 0),
+    "contiguous": lambda s, _: F.conv2d(s.contiguous().to(torch.float32), normal(4, 32, 3, 3)).view(4, -1),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_what_torch_takes_is_taken(name):
+    (spikes, numbers), (rows, row_numbers) = fired(4, 32, 8, 8), fired(6, 40)
+    results = []
+    for arguments in ((spikes, rows), (numbers, row_numbers)):
+        torch.manual_seed(0)
+        results.append(EQUAL[name](*arguments))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_contiguous_spikes_give_contiguous_outputs():
+    current = 2 * normal(2, 3, 16, 8, 8)
+    spikes = lif(current)[0].flatten(0, 1)
+    assert type(spikes) is SpikeTensor
+    out = F.conv2d(spikes, normal(8, 16, 3, 3))
+    assert chosen("spike_conv2d") == {"cpu"}
+    assert out.is_contiguous()
+    assert F.conv2d(spikes, normal(8, 16, 3, 3).contiguous(memory_format=torch.channels_last)).stride()[1] == 1
+
+
+def test_the_gradient_of_a_bias_costs_no_dense_gradient_of_weights(monkeypatch):
+    asked = []
+    spikes, _ = fired(4, 32, 8, 8)
+    convolution = nn.Conv2d(32, 8, 3)
+    out = convolution(spikes)
+    kernel = spike_conv._kernel().weight_gradient
+    monkeypatch.setattr(spike_conv._kernel(), "weight_gradient", lambda *args: asked.append(1) or kernel(*args))
+    with torch.profiler.profile() as profile:
+        out.square().sum().backward()
+    assert asked == [1]
+    assert "aten::mkldnn_convolution_backward" not in {event.key for event in profile.key_averages()}
+    assert_near(convolution.bias.grad, 2 * out.sum((0, 2, 3)).detach(), 1e-5)
 
 
 ERRORS = {
@@ -254,6 +337,22 @@ def test_a_residual_of_bits_is_one_of_numbers(C, dtype, options, learned):
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
     assert results[0][0].sum() > 0
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_residual_packed_in_other_rows_is_read_as_numbers(static):
+    """Rows of so many neurons end within a byte where they are T = 8, and do not where they are one."""
+    current = normal(8, 8 if static else 9, 1, seed=5)
+    bn, neuron = nn.BatchNorm1d(current.shape[1]).eval(), LIFNode()
+    residual = lif(2 * current.unsqueeze(0))[0].squeeze(0)
+    assert type(residual) is SpikeTensor
+    y = normal(*current.shape, seed=6)
+    results = [
+        seal_fast.bn_lif(y, bn, neuron, time_steps=8, residual=each, static=static, return_membrane_input=True)
+        for each in (residual, residual.clone())
+    ]
+    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[0][0], results[1][0])
 
 
 def test_spikingjelly_networks_use_bits_after_convert():

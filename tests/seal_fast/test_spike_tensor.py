@@ -154,6 +154,74 @@ def test_whatever_writes_to_them_is_seen_by_all_views(name, inference):
         assert not torch.equal(numbers.double(), before)
 
 
+@pytest.mark.parametrize("change", ["unsqueeze_", "transpose_", "resize_"])
+def test_another_shape_in_place_is_refused(change):
+    spikes, numbers = fired()
+    arguments = {"unsqueeze_": (0,), "transpose_": (0, 1), "resize_": ((3, 3),)}[change]
+    with pytest.raises(NotImplementedError, match="in place"):
+        getattr(spikes, change)(*arguments)
+    assert torch.equal(spikes, numbers)
+
+
+def test_methods_that_write_at_addresses():
+    spikes, numbers = fired()
+    with pytest.raises(TypeError, match="cannot be replaced"):
+        spikes.data = torch.ones(3)
+    spikes.apply_(lambda value: 2 * value)
+    assert torch.equal(spikes, 2 * numbers)
+    spikes.map_(numbers, lambda left, right: left + right)
+    assert torch.equal(spikes, 3 * numbers)
+
+
+def add_one(x):
+    x.add_(1)
+
+
+def test_operators_of_others_may_write():
+    """As those of torch.distributed do, whose schemas do not tell."""
+    spikes, numbers = fired()
+    library = torch.library.Library("seal_fast_test", "DEF")
+    library.define("write(Tensor x) -> ()")
+    library.impl("write", add_one, "CPU")
+    torch.ops.seal_fast_test.write(spikes)
+    assert torch.equal(spikes, numbers + 1)
+
+
+def test_spikes_from_outside_can_be_used_in_inference_mode():
+    spikes, numbers = fired()
+    with torch.inference_mode():
+        assert torch.equal(spikes.detach().flatten(0, 1), numbers.flatten(0, 1))
+        assert torch.equal(spikes[0], numbers[0])
+        assert torch.equal(nn.Conv2d(C, 3, 1)(spikes.flatten(0, 1)) * 0, torch.zeros(T * B, 3, H, H))
+    assert not spikes[0].is_inference()
+    assert torch.equal(spikes.add_(1), numbers + 1)
+
+
+def test_leaves_are_copied_with_their_wish_for_a_gradient():
+    spikes, numbers = fired()
+    copied = copy.deepcopy(spikes.detach().requires_grad_())
+    assert copied.requires_grad
+    assert torch.equal(copied, numbers)
+
+
+def test_fake_tensors_do_not_reach_kernels():
+    spikes, _ = fired()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        out = F.conv2d(spikes.flatten(0, 1), torch.ones(3, C, 3, 3))
+    assert out.shape == (T * B, 3, H - 2, H - 2)
+
+
+def test_inductor_is_given_the_numbers_of_a_view():
+    spikes, numbers = fired()
+    convolution = nn.Conv2d(C, 3, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(convolution)
+    got, expected = compiled(spikes.flatten(0, 1)), convolution(numbers.flatten(0, 1))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(out.square().sum(), convolution.weight)[0] for out in (got, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-4)
+
+
 def test_a_change_in_place_after_they_were_saved_is_refused():
     spikes, _ = fired()
     out = nn.Conv2d(C, 3, 3)(spikes.flatten(0, 1))
