@@ -19,7 +19,7 @@ from steps import finish, run
 
 GATE = (
     *(f"tests/seal_fast/test_golden_{name}.py" for name in ("lif", "loss", "models")),
-    *(f"tests/kernels/test_{name}_cpu.py" for name in ("lif", "bn_lif", "seal_loss")),
+    *(f"tests/kernels/test_{name}_cpu.py" for name in ("lif", "bn_lif", "seal_loss", "spike_conv")),
 )
 # file -> in how many processes it runs, and pytest's expression for what is timed. Processes differ, and minutes do
 # where other programs share the machine. torch.compile needs minutes for a training step.
@@ -31,9 +31,11 @@ BENCHMARKS = {
     ),
     "bench_seal_loss": (3, "both and (cifar100 or imagenet or dvs)"),
     "bench_scaling": (3, ""),
-    "bench_train": (2, "resnet18-cifar and not compile"),
+    "bench_train": (2, "resnet18-cifar and not compile and not dense"),
     "bench_parts": (2, ""),
     "bench_host": (1, ""),
+    "bench_spike_conv": (1, "layer1"),
+    "bench_inference": (1, "resnet18-cifar"),
 }
 RUNS = max(runs for runs, _ in BENCHMARKS.values())
 LIMIT = 590  # seconds for one step, a bound against hanging

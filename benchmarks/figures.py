@@ -66,3 +66,29 @@ def exponent(times: dict[float, Figure]) -> Figure:
         sum(max(bounds) for _, *bounds in shares),
         min(seconds.rounds for _, seconds in upper),
     )
+
+
+def crossing(points: dict[float, Figure]) -> Figure:
+    """Where what falls from above 1 to below it passes 1, by linear interpolation of its logarithm.
+
+    Args:
+        points: Size -> what falls, of one size or more.
+
+    Returns:
+        The first crossing of the medians; that of the lows and that of the highs. Minus infinity stands for a first
+        point below 1 already, and infinity for none below it.
+    """
+    bounds = [{size: point[index] for size, point in sorted(points.items())} for index in range(3)]
+    return Figure(*map(_crossing, bounds), min(point.rounds for point in points.values()))
+
+
+def _crossing(points: dict[float, float]) -> float:
+    before = None
+    for size, value in points.items():
+        if value < 1:
+            if before is None:
+                return -math.inf
+            left, high = before
+            return left + (size - left) * math.log(high) / (math.log(high) - math.log(value))
+        before = size, value
+    return math.inf

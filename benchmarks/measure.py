@@ -16,6 +16,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import seal_fast
+from seal_fast.ops._spike_tensor import SpikeTensor
 
 PACKAGES = ("torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "spikingjelly", "numpy")
 
@@ -197,7 +198,9 @@ def _storages(content) -> Iterator[torch.UntypedStorage]:
     waiting, seen = [content], set()
     while waiting:
         item = waiting.pop()
-        if isinstance(item, torch.Tensor):
+        if isinstance(item, SpikeTensor):
+            waiting.append(item.held)  # it has no storage of its own
+        elif isinstance(item, torch.Tensor):
             yield item.untyped_storage()
         elif id(item) not in seen:
             seen.add(id(item))

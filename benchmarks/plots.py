@@ -22,6 +22,8 @@ def draw(table: list[dict], folder: Path) -> list[Path]:
         "kept-over-T": (_over_size, "blocks over T", "kept_bytes", "MiB kept for backward", 2**-20),
         "step": (_stacked,),
         "memory": (_memory,),
+        "spike-conv-over-rate": (_over_rate, "forward of spikes, layer1, "),
+        "weight-gradient-over-rate": (_over_rate, "weight gradient of spikes, layer1, "),
     }
     for name, (drawing, *arguments) in drawings.items():
         figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
@@ -49,6 +51,31 @@ def _over_size(table, axes, study, quantity, label, scale) -> bool:
     if lines:
         axes.legend()
     return bool(lines)
+
+
+def _over_rate(table, axes, group) -> bool:
+    """The time of convolutions that skip zeros over the firing rate, and of dense ones, in each dtype of a layer."""
+    rows = [row for row in table if row["benchmark"] == "spike_conv" and row["quantity"] == "time"]
+    rows = [row for row in rows if row["group"].startswith(group)]
+    for index, name in enumerate(dict.fromkeys(row["group"] for row in rows)):
+        dtype, colour = name.removeprefix(group).split(":")[0], f"C{index}"
+        times = [row for row in rows if row["group"] == name]
+        points = sorted(
+            (float(row["contestant"].split()[-2]), 1e3 * row["value"], 1e3 * row["low"], 1e3 * row["high"])
+            for row in times
+            if row["contestant"].endswith("%")
+        )
+        if points:
+            percents, values, lows, highs = zip(*points, strict=True)
+            axes.plot(percents, values, "o-", color=colour, label=f"seal-fast, {dtype}", markersize=3)
+            axes.fill_between(percents, lows, highs, color=colour, alpha=0.2)
+        for row in times:
+            if not row["contestant"].endswith("%"):
+                axes.axhline(1e3 * row["value"], color=colour, linestyle="--", label=f"{row['contestant']}, {dtype}")
+    axes.set(xlabel="firing rate, %", ylabel=f"ms, {group.rstrip(', ')}", ylim=(0, None))
+    if rows:
+        axes.legend(fontsize="small")
+    return bool(rows)
 
 
 def _stacked(table, axes) -> bool:

@@ -31,6 +31,8 @@ QUANTITIES = {
     "kept_bytes_per_neuron_step": "B",
     "kernels": "1",
     "torch_operations": "1",
+    "turning_rate": "1",
+    "firing_rate": "1",
     **{f"{part}_seconds": "s" for part in ("convolutions", "teacher", "loss", "rest", "data_wait")},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -76,12 +77,8 @@ class Problem:
         self.teacher = seal_fast.models.teacher(
             case.teacher, num_classes=case.num_classes, in_channels=case.channels
         ).to(device)
-        for module in self.teacher.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 1.0
-        with torch.no_grad():
-            self.teacher(self.inputs.mean(1) if case.events else self.inputs)
-        self.teacher.eval().requires_grad_(False)
+        settle(self.teacher, self.inputs.mean(1) if case.events else self.inputs)
+        self.teacher.requires_grad_(False)
 
     @functools.cached_property
     def arranged(self) -> torch.Tensor:
@@ -99,6 +96,16 @@ class Problem:
         with floors.recorded(student, self.teacher) as layers:
             published.logits(student, self.teacher, self.inputs)
         return layers, sum(spikes)
+
+
+@torch.no_grad()
+def settle(network: nn.Module, inputs: torch.Tensor) -> nn.Module:
+    """The network in evaluation mode, its running statistics those of the inputs."""
+    for module in network.train().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    network(inputs)
+    return network.eval()
 
 
 @dataclass
@@ -144,8 +151,8 @@ def make_student(case: Case, device: torch.device, backend: str = "auto") -> nn.
     return student.to(device=device, memory_format=torch.channels_last)
 
 
-def ours(problem: Problem, amp: torch.dtype | None, packed: bool = False) -> Step:
-    """The step of the trainers in float32 or under autocast to `amp`; with `packed`, spikes are kept as bits."""
+def ours(problem: Problem, amp: torch.dtype | None, within=contextlib.nullcontext) -> Step:
+    """The step of the trainers in float32 or under autocast to `amp`, its forward pass within a context."""
     student = make_student(problem.case, problem.device)
     student.load_state_dict(problem.weights)
     teacher = folded(problem.teacher).to(dtype=amp or torch.float32, memory_format=torch.channels_last)
@@ -153,14 +160,10 @@ def ours(problem: Problem, amp: torch.dtype | None, packed: bool = False) -> Ste
     groups = parameter_groups(student, WEIGHT_DECAY, spiking=True)
 
     def forward():
-        with torch.autocast(problem.device.type, dtype=amp, enabled=amp is not None):
+        with torch.autocast(problem.device.type, dtype=amp, enabled=amp is not None), within():
             return task(problem.arranged, problem.labels).loss
 
-    def packed_forward():
-        with seal_fast.packed_spikes():
-            return forward()
-
-    return Step(packed_forward if packed else forward, torch.optim.SGD(groups, **SGD, fused=True), student, teacher)
+    return Step(forward, torch.optim.SGD(groups, **SGD, fused=True), student, teacher)
 
 
 # What others get.
@@ -239,8 +242,12 @@ CONTESTANTS: dict[str, tuple[Callable[[Problem], Callable], torch.dtype]] = {
     "tuned control": (control, BF16),
     "ours, float32": (functools.partial(ours, amp=None), F32),
     "ours, bfloat16": (functools.partial(ours, amp=BF16), BF16),
-    "ours, bfloat16, packed": (functools.partial(ours, amp=BF16, packed=True), BF16),
+    "ours, bfloat16, packed": (functools.partial(ours, amp=BF16, within=seal_fast.packed_spikes), BF16),
+    "ours, float32, dense": (functools.partial(ours, amp=None, within=seal_fast.dense_convolutions), F32),
+    "ours, bfloat16, dense": (functools.partial(ours, amp=BF16, within=seal_fast.dense_convolutions), BF16),
     **{name: (functools.partial(floor, dtype=dtype), dtype) for dtype, name in FLOORS.items()},
 }
 if not peers.has_spikingjelly():
     del CONTESTANTS["tuned control"]
+if measure.device().type != "cpu":  # where all convolutions are dense
+    del CONTESTANTS["ours, float32, dense"], CONTESTANTS["ours, bfloat16, dense"]

@@ -1,6 +1,7 @@
 """The benchmarks run, in their smallest sizes, and say what they should."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -40,7 +41,8 @@ def of(table, benchmark, quantity="time"):
 
 def test_every_row_says_where_it_comes_from(tiny):
     _, _, table = tiny
-    assert {row["benchmark"] for row in table} == {"lif", "seal_loss", "scaling", "train", "parts", "host", "checks"}
+    operators, networks = {"lif", "seal_loss", "spike_conv", "scaling"}, {"train", "inference", "parts", "host"}
+    assert {row["benchmark"] for row in table} == {*operators, *networks, "checks"}
     for row in table:
         assert row["machine"]
         assert f"torch {version('torch')}" in row["versions"]
@@ -88,6 +90,38 @@ def test_training_step_is_raced(tiny):
                 assert found.high <= own.high / reference.low * (1 + 1e-4)
 
 
+def test_convolutions_of_spikes_are_raced_over_the_firing_rate(tiny):
+    output, _, table = tiny
+    groups = of(table, "spike_conv")
+    assert len(groups) == 2 * 2  # operations and dtypes
+    assert "weight gradient of spikes, layer1, bf16: [2, 64, 4, 4] x [64, 64, 3, 3]" in groups
+    rates = {f"seal-fast, {percent} %" for percent in (2, 5, 10, 20, 30, 50, 80)}
+    for group, contestants in groups.items():
+        assert set(contestants) == {"torch, dense", *rates}
+        assert set(of(table, "spike_conv", "time_of_first")[group]) == rates
+        (line,) = re.findall(rf"^{re.escape(group)}\n  torch, dense (.+)$", output, re.MULTILINE)
+        turning = of(table, "spike_conv", "turning_rate").get(group)
+        turns = re.search(r" x   turns at ([<>]? ?\d+) %", line)[1]
+        if turning is None:  # it, or a bound of its spread, is beyond the rates that are timed
+            assert re.search("[<>]", line)
+        else:
+            assert turns == f"{100 * turning['torch, dense']:.0f}"
+
+
+def test_inference_is_raced(tiny):
+    output, _, table = tiny
+    ((group, times),) = of(table, "inference").items()
+    assert group == "inference, resnet18-cifar: resnet18, T 2, 2 x [3, 16, 16]"
+    assert f"\n{group}\n" in output
+    ours = {f"ours, {dtype}{dense}" for dtype in ("float32", "bfloat16") for dense in ("", ", dense")}
+    assert set(times) == {"published, eager", *ours, *FLOORS.values()}
+    assert set(of(table, "inference", "time_of_first")[group]) == set(times) - {"published, eager"}
+    assert set(of(table, "inference", "time_of_floor")[group]) == {"published, eager", *ours}
+    ((contestant, rate),) = of(table, "inference", "firing_rate")[group].items()
+    assert contestant == "published, eager"
+    assert f"{100 * rate:.1f} %\n" in output
+
+
 def test_the_hosts_time_and_what_it_starts_are_measured(tiny):
     output, _, table = tiny
     groups = of(table, "host")
@@ -122,7 +156,8 @@ def test_parts_of_a_step_are_timed(tiny):
 def test_plots_are_drawn(tiny):
     _, path, _ = tiny
     drawn = {file.stem for file in path.with_suffix("").glob("*.png")}
-    assert drawn == {"speed-over-T", "kept-over-T", "step"}  # memory is measured in its full size only
+    # Memory is measured in its full size only.
+    assert drawn == {"speed-over-T", "kept-over-T", "step", "spike-conv-over-rate", "weight-gradient-over-rate"}
 
 
 def test_nothing_is_timed_after_a_failed_test(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,12 @@
-"""Figures of what was measured in rounds: their spread, ratios within rounds, and exponents of growth."""
+"""Figures of what was measured in rounds: their spread, ratios within rounds, exponents of growth, and crossings."""
+
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from figures import Figure, exponent, figure, ratio
+from figures import Figure, crossing, exponent, figure, ratio
 
 POSITIVE = st.floats(1e-6, 1e6)
 
@@ -61,3 +63,25 @@ def test_exponent_is_that_of_the_larger_half():
     times = {1: 1.0, 2: 1.0, 4: 1.0, 8: 4.0, 16: 16.0, 32: 64.0, 64: 256.0}
     found = exponent({size: figure([time] * (5 - size // 32)) for size, time in times.items()})
     assert found == pytest.approx((2, 2, 2, 3))
+
+
+@given(st.floats(0.1, 10), st.floats(1.5, 100), st.floats(1, 1.2), st.integers(2, 30))
+def test_crossing_of_an_exponential(where, steepness, spread, count):
+    points = {
+        10 * step / count: Figure(value, value / spread, value * spread, 3)
+        for step in range(count + 1)
+        for value in [steepness ** (where - 10 * step / count)]
+    }
+    found = crossing(points)
+    assert found.rounds == 3
+    apart = math.log(spread) / math.log(steepness)
+    for crossed, expected in zip(found, (where, where - apart, where + apart), strict=False):
+        if 1e-6 < expected < 10 - 1e-6:
+            assert crossed == pytest.approx(expected, abs=1e-6)  # measured 1e-13
+
+
+def test_crossing_is_the_first_one_or_beyond_the_sizes():
+    values = {1: 4.0, 2: 2.0, 3: 0.5, 4: 2.0, 5: 0.25}
+    assert crossing({size: figure([value]) for size, value in values.items()}) == (2.5, 2.5, 2.5, 1)
+    assert crossing({3: figure([0.5, 0.9]), 4: figure([0.25])}) == (-math.inf, -math.inf, -math.inf, 1)
+    assert crossing({1: figure([2.0, 0.5, 2.0]), 2: figure([1.0])}) == (math.inf, -math.inf, math.inf, 1)
