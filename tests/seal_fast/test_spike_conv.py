@@ -128,6 +128,10 @@ def test_few_pixels_and_few_outputs_are_dense_sooner(monkeypatch):
     assert limit(pixels=rule.REARRANGED, weight=(512, 512, 3, 3)) == 0
     assert limit(weight=(64, 64, 1, 1), stride=(4, 4)) == 0
     assert limit(pixels=1000, weight=(8, 8, 3, 3)) == 0
+    for outputs, skips in ((64, True), (48, True), (32, False)):
+        weight = (outputs, 64, 3, 3)
+        monkeypatch.setattr(rule, "turn", lambda dtype: rule.BFLOAT16)
+        assert (rule.limit(torch.bfloat16, 10**5, weight, (1, 1), of_weight=False) > 0) == skips
 
 
 AMX, BF16 = "_is_amx_tile_supported", "_is_avx512_bf16_supported"
