@@ -237,7 +237,12 @@ def _on_numbers(func, args, kwargs):
     with _mode_of(spikes) if lasting and spikes is not None else contextlib.nullcontext():
         args_of, kwargs_of = tree_map_only(SpikeTensor, lambda each: each.numbers(lasting=lasting), (args, kwargs))
         result = func(*args_of, **kwargs_of)
-    return args[0] if schema.is_mutable and isinstance(result, Tensor) and isinstance(args[0], SpikeTensor) else result
+    if not schema.is_mutable or not isinstance(result, Tensor):
+        return result
+    # What was written to is what is returned, as the very tensor that was given.
+    places = {argument.name: place for place, argument in enumerate(schema.arguments)}
+    written = next(each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write)
+    return kwargs[written] if written in kwargs else args[places[written]]
 
 
 _OF_SHAPE = (_ATEN.resize_.default, _ATEN.set_.source_Tensor, _ATEN.set_.source_Storage_storage_offset)

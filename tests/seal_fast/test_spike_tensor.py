@@ -197,6 +197,16 @@ def test_spikes_from_outside_can_be_used_in_inference_mode():
     assert torch.equal(spikes.add_(1), numbers + 1)
 
 
+def test_an_output_that_is_given_is_returned():
+    spikes, numbers = fired()
+    out = torch.empty(SHAPE)
+    assert torch.mul(spikes, 3, out=out) is out
+    assert torch.equal(out, 3 * numbers)
+    assert spikes.add_(1) is spikes
+    assert out.add_(spikes) is out
+    assert torch.equal(out, 4 * numbers + 1)
+
+
 def test_leaves_are_copied_with_their_wish_for_a_gradient():
     spikes, numbers = fired()
     copied = copy.deepcopy(spikes.detach().requires_grad_())
