@@ -24,8 +24,8 @@ from ._spike_tensor import SpikeTensor, is_plain_memory, plain, rule
 _ATEN = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16)
 
-# Spikes of a layer below which the host's time decides: of fewer, neurons give numbers. Six convolutions of 65,536 spikes
-# took up to twice as long as bits where no kernel served them.
+# Spikes of a layer below which the host's time decides: of fewer, neurons give numbers. Where no kernel served them, as
+# in depthwise convolutions, networks of layers of 65,536 spikes took up to twice as long with bits.
 LEAST = 1 << 18
 
 # Calls of each kind since the process began, by what ran them: "cpu" skips zeros, "torch" is dense.
