@@ -3,6 +3,7 @@
 // A thread takes a block of neurons through all T steps in the first-level cache, normalising on the way. Compiled once
 // for each instruction set in ISA (setup.py).
 #include "../launch/export.h"
+#include "../launch/bits.h"
 #include "../launch/pages.h"
 #include "../launch/parallel.h"
 #include "../launch/types.h"

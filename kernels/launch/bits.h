@@ -1,4 +1,4 @@
-// Words of 64 bits for native CPU code.
+// Bits for native CPU code: in words of 64, and as vectors of zeros and ones.
 #pragma once
 
 #include "vector.h"
@@ -33,6 +33,21 @@ inline uint64_t bits_from(const uint8_t* from, int64_t bytes, int64_t first, int
   word >>= shift;
   if (shift && byte + 8 < bytes) word |= uint64_t(from[byte + 8]) << (64 - shift);
   return count < 64 ? word & ((uint64_t(1) << count) - 1) : word;
+}
+
+// A vector of ones where bits are set and zeros elsewhere, of the lanes from `first` on of a block's bits.
+template <typename State>
+SEAL_FN Vector<State> ones_of_bits(const uint8_t* bits, int first) {
+  constexpr int kLanes = VectorOf<State>::kLanes;
+  typedef typename VectorOf<State>::Index Index;
+  Index set = bits[first / 8] >> (first % 8);
+  if constexpr (kLanes > 8) set |= Index(bits[first / 8 + 1]) << 8;
+  Index weights[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) weights[lane] = Index(1) << lane;
+  Indices<State> lanes;
+  std::memcpy(&lanes, weights, sizeof lanes);
+  const Vector<State> zero = {}, one = zero + State(1);
+  return (lanes & set) != 0 ? one : zero;
 }
 
 // Where transpose_spread expects word i: numbers that differ in their three lowest bits lie whole vectors apart.

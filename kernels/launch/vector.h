@@ -390,18 +390,3 @@ SEAL_FN uint32_t lanes_set(Vector<State> ones) {
   for (int lane = 0; lane < VectorOf<State>::kLanes; ++lane) bits |= uint32_t(numbers[lane] != 0) << lane;
   return bits;
 }
-
-// A vector of ones where bits are set and zeros elsewhere, of the lanes from `first` on of a block's bits.
-template <typename State>
-SEAL_FN Vector<State> ones_of_bits(const uint8_t* bits, int first) {
-  constexpr int kLanes = VectorOf<State>::kLanes;
-  typedef typename VectorOf<State>::Index Index;
-  Index set = bits[first / 8] >> (first % 8);
-  if constexpr (kLanes > 8) set |= Index(bits[first / 8 + 1]) << 8;
-  Index weights[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) weights[lane] = Index(1) << lane;
-  Indices<State> lanes;
-  std::memcpy(&lanes, weights, sizeof lanes);
-  const Vector<State> zero = {}, one = zero + State(1);
-  return (lanes & set) != 0 ? one : zero;
-}

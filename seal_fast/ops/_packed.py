@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..backends import is_transformed, resolve
+from ..backends import is_transformed
 from ..kernels.packing import reference
 from ._dispatch import kernel_module
-from ._spike_tensor import SETTLED, SpikeTensor
+from ._spike_tensor import SETTLED, SpikeTensor, packing_backend
 
 
 class packed_spikes(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801
@@ -145,9 +145,6 @@ _kernel = functools.partial(kernel_module, "packing")
 def _unpack(saved: _Kept | _Saved) -> Tensor:
     if isinstance(saved, _Kept):
         return saved.unpack()
-    try:
-        backend = resolve("auto", "lif", saved.packed.device, saved.dtype)
-    except ValueError:  # SEAL_FAST_BACKEND cannot run here, and the neuron had a backend of its own
-        backend = "torch"
+    backend = packing_backend(saved.packed.device, saved.dtype)
     unpack = reference.unpack if backend == "torch" else _kernel(backend).unpack
     return unpack(saved.packed, saved.N, saved.dtype).as_strided(saved.shape, saved.stride, saved.offset)

@@ -330,8 +330,12 @@ def plain(tensor: Tensor | None) -> Tensor | None:
 def _packing(packed: Tensor):
     if type(packed) is not Tensor or torch._C._len_torch_dispatch_stack():
         return reference
+    return kernel_module("packing", "cpu") if packing_backend(packed.device) == "cpu" else reference
+
+
+def packing_backend(device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The backend that makes numbers of bits."""
     try:
-        backend = resolve("auto", "lif", packed.device)
+        return resolve("auto", "lif", device, dtype)
     except ValueError:  # SEAL_FAST_BACKEND cannot run here, and the neuron had a backend of its own
-        backend = "torch"
-    return kernel_module("packing", backend) if backend == "cpu" else reference
+        return "torch"

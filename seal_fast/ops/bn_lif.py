@@ -104,12 +104,12 @@ def bn_lif(
     if residual_bn is not None:
         repeats.append(1 if residual.shape[0] > batch else time_steps)
     given = [(*norm, norm_of(*norm, each, group)) for norm, each in zip(norms, repeats, strict=True)]
-    bits = isinstance(residual, SpikeTensor)
+    bits, as_numbers = isinstance(residual, SpikeTensor), (*kind[:3], _packed.wanted())
     if not is_eager(y, None if bits else residual, *learned) and group is None:
-        return _traced.bn_lif(y, plain(residual), learned, numbers, given, (*kind[:3], _packed.wanted()))
+        return _traced.bn_lif(y, plain(residual), learned, numbers, given, as_numbers)
     fits = group is None and all(fits_kernels(*each) for each in given)
     if not (fits and chosen == "cpu"):
-        residual, kind = plain(residual), (*kind[:3], _packed.wanted(), True)
+        residual, kind = plain(residual), (*as_numbers, True)
     of_kernel = _kernel(chosen).Plan if fits and chosen == "cpu" else Plan
     as_kernels_see = [norm for *_, norm in given]
     plan = of_kernel(

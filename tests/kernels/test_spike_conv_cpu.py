@@ -14,7 +14,7 @@ from seal_fast.kernels.spike_conv import cpu, reference
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.missing())
 
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
-# Of the largest element. Measured: 9e-7 and 1.6e-6 in float32; bfloat16 rounds the result to 8 bits: 3.9e-3 each.
+# Of the largest element. Measured: 9.3e-7 and 7.7e-7 in float32; bfloat16 rounds the result to 8 bits: 3.8e-3 at most.
 FORWARD = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 WEIGHT_GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 
@@ -34,10 +34,14 @@ def words_of(spikes, packed, layout=torch.channels_last):
     return cpu.words(packed, tuple(spikes.shape), channels_last=layout is torch.channels_last)
 
 
-def assert_near(got, expected, tolerance):
+# Of the largest sum of magnitudes, for the few shapes whose every sum cancels: float32 rounds to 6e-8 of what it adds.
+CANCELLED = 2e-7
+
+
+def assert_near(got, expected, magnitudes, tolerance):
     assert got.shape == expected.shape
-    scale = expected.abs().max().clamp(min=1e-30)
-    assert (got.double() - expected).abs().max() <= tolerance * scale
+    allowed = max(tolerance * expected.abs().max(), CANCELLED * magnitudes.max())
+    assert (got.double() - expected).abs().max() <= allowed
 
 
 def check(
@@ -55,11 +59,18 @@ def check(
     planes = cpu.forward(words, size, weight, bias, *geometry, channels_last=False)
     assert planes.is_contiguous()
     assert torch.equal(planes, out)
-    assert_near(out, reference.forward(spikes.double(), weight.double(), bias.double(), *geometry), FORWARD[dtype])
+    expected, magnitudes = (
+        reference.forward(spikes.double(), weights_of(weight.double()), weights_of(bias.double()), *geometry)
+        for weights_of in (torch.clone, torch.abs)
+    )
+    assert_near(out, expected, magnitudes, FORWARD[dtype])
     grad_out = random(*out.shape, dtype=dtype, seed=3)
     grad = cpu.weight_gradient(words, size, grad_out, torch.full_like(weight, torch.nan), *geometry)
-    expected = reference.weight_gradient(spikes.double(), grad_out.double(), weight.double(), *geometry)
-    assert_near(grad, expected, WEIGHT_GRADIENT[dtype])
+    expected, magnitudes = (
+        reference.weight_gradient(spikes.double(), grads_of(grad_out.double()), weight.double(), *geometry)
+        for grads_of in (torch.clone, torch.abs)
+    )
+    assert_near(grad, expected, magnitudes, WEIGHT_GRADIENT[dtype])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -146,7 +157,7 @@ def test_gradients_of_any_strides_are_written_where_they_belong():
     got = cpu.weight_gradient(words_of(spikes, packed), size, grad_out, into, *geometry)
     assert got is into
     expected = reference.weight_gradient(spikes.double(), grad_out.double(), into.double(), *geometry)
-    assert_near(got, expected, WEIGHT_GRADIENT[torch.float32])
+    assert_near(got, expected, expected.abs(), WEIGHT_GRADIENT[torch.float32])
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 4096, 200_003])

@@ -294,7 +294,7 @@ def test_gradients_pass(use, bits):
             assert got is None
             continue
         assert expected.abs().sum() > 0
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())  # measured 4e-7
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())  # measured 5e-7
 
 
 def test_a_graph_keeps_bits_alone():
