@@ -1,6 +1,8 @@
 """The tables of README.md and docs/cost.md, from what a run on a GPU found.
 
-python -m gpu.report benchmarks/results/nvidia-h200/3-figures.jsonl
+python -m gpu.report benchmarks/results/nvidia-h200/figures.jsonl [FILE ...]
+
+Of several files the findings are taken together.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ KERNELS = {
 WAITING = ("published, eager",)
 
 
-def entries(path: Path) -> list[dict]:
-    """What the run found."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def entries(*paths: str | Path) -> list[dict]:
+    """What the runs found."""
+    lines = [line for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in lines]
 
 
 def steps(found: list[dict]) -> Iterator[str]:
@@ -42,10 +45,12 @@ def steps(found: list[dict]) -> Iterator[str]:
         and entry.get("precision") == "bf16"
         and entry.get("overlap", entry["graph"]) == entry["graph"]  # the default
     }
-    published, control = peers.get("published, eager"), peers.get("tuned control", {"note": ""})
+    published, compiled = peers.get("published, eager"), peers.get("published, torch.compile")
+    control = peers.get("tuned control", {"note": ""})
     floor = own["convolutions alone", True, False]
     rows = {
         "published formulation, eager float32": published,
+        "published formulation, torch.compile": compiled,
         f"{control['note']}, the rest in bfloat16, channels_last": control if "ms" in control else None,
         "seal-fast, bfloat16, launched one by one": own["ours auto", False, False],
         "seal-fast, bfloat16, as one CUDA graph (default)": own["ours auto", True, False],
@@ -112,7 +117,7 @@ def kernels(found: list[dict]) -> Iterator[str]:
     copied = max(entry["copy_TB_s"] for entry in found if "copy_TB_s" in entry)
     rows: dict[tuple, dict[str, str]] = {}
     for entry in found:
-        if entry["stage"] != "times" or not entry.get("profiled") or entry.get("residual"):
+        if entry["stage"] != "times" or not entry.get("profiled") or entry.get("residual") or "candidate" in entry:
             continue
         dtype, layout = DTYPES[entry["dtype"]], LAYOUTS.get(entry.get("layout"), "any")
         for (operator, call, pattern), (name, tensors) in KERNELS.items():
@@ -136,6 +141,6 @@ TABLES: tuple[Callable[[list[dict]], Iterator[str]], ...] = (steps, operators, k
 
 if __name__ == "__main__":
     for table in TABLES:
-        rows = list(table(entries(Path(sys.argv[1]))))
+        rows = list(table(entries(*sys.argv[1:])))
         if len(rows) > 2:  # the run had some of what it shows
             print("\n".join(rows), end="\n\n")

@@ -65,8 +65,8 @@ def test_kernels(name):
 
 
 def test_figures_of_a_gpu():
-    """README and docs/cost.md have the tables that gpu.report makes of the committed run."""
-    found = report.entries(ROOT / re.search(r"benchmarks/results/\S+?\.jsonl", GPU)[0])
+    """README and docs/cost.md have the tables that gpu.report makes of the committed runs."""
+    found = report.entries(*(ROOT / path for path in re.findall(r"benchmarks/results/\S+?\.jsonl", GPU)))
     for place, shown in ((GPU, (report.steps, report.operators)), (COST, (report.kernels,))):
         for table in shown:
             assert "\n".join(table(found)) in place

@@ -7,12 +7,17 @@ from types import ModuleType
 
 import torch
 
-from seal_fast.backends import _DEVICES
+from seal_fast.backends import _DEVICES, _KERNELS, _OF_LOGITS
 
 
 def carry(patch, backend: str) -> None:
-    """Let `backend`, which serves the GPU alone, take CPU tensors while `patch` (pytest's MonkeyPatch) holds."""
+    """Let `backend`, which serves the GPU alone, take CPU tensors while `patch` (pytest's MonkeyPatch) holds.
+
+    Its kernels of logits, which scale a gradient in place, are not carried: operators refuse them.
+    """
     patch.setitem(_DEVICES, backend, "cpu")
+    for name in _OF_LOGITS:
+        patch.setitem(_KERNELS, name, tuple(each for each in _KERNELS[name] if each != backend))
     for name in ("lif", "bn_lif", "_traced", "_packed"):
         operator = importlib.import_module(f"seal_fast.ops.{name}")
         patch.setattr(operator, "_kernel", _loader(operator._kernel, backend))
