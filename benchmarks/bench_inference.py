@@ -21,9 +21,8 @@ import torch
 import figures
 import floors
 import measure
-import published
 import seal_fast
-from training import CASES, FLOORS, Problem, looped, make_student, published_student, settle
+from training import CASES, FLOORS, Problem, counted, looped, make_student, published_student, settle
 
 SECTION = (
     "inference; images/s: median (range of all but the outer tenths); of 1st: speed, that of the first being 1; "
@@ -68,15 +67,9 @@ class Network:
         self.student.load_state_dict(self.published.state_dict())
         once = published_student(problem, looped(problem.case), stem_once=True).eval()
         once.load_state_dict(self.published.state_dict())
-        counts = []
-        for module in once.modules():
-            if isinstance(module, published.LoopedLIF):
-                module.register_forward_hook(
-                    lambda module, arguments, output: counts.append((output.sum().item(), output.numel()))
-                )
-        with torch.no_grad(), floors.recorded(once) as self.layers:
+        with counted(once) as spikes, torch.no_grad(), floors.recorded(once) as self.layers:
             self.expected = once(self.inputs)
-        self.firing_rate = sum(spikes for spikes, _ in counts) / sum(number for _, number in counts)
+        self.firing_rate = spikes.rate
 
     def step(self, contestant: str) -> Callable[[], object]:
         """What is timed of a contestant, after a first call, and a check of what it computes."""

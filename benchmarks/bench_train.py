@@ -27,7 +27,7 @@ from training import CASES, CONTESTANTS, FLOORS, Case, Problem, Step
 SECTION = (
     "training step; images/s: median (range of all but the outer tenths); of 1st: speed, that of the first being 1; "
     "of floor: time, that of the convolutions alone being 1, both in the same rounds; MiB: peak of networks and step; "
-    "B: kept for backward per neuron-step"
+    "B: kept for backward per neuron-step; %: of neurons that fire"
 )
 # Steps between two waits for the device.
 STRETCH = {"cpu": 1, "cuda": 5}
@@ -46,7 +46,8 @@ def compete(
         contestants: Their names.
         failed: Gets the `measure.Failure` of each that raises, which does not keep the others from being timed.
         facts: What is known of them, by contestant and quantity; is filled with what was missing, of full steps only:
-            the note, bytes kept for backward per neuron-step and, on a GPU, bytes at the peak.
+            the note, bytes kept for backward per neuron-step and, on a GPU, bytes at the peak. The first one also gets
+            the firing rate, which is that of all.
         seconds: For how long each is timed.
         stretch: Steps between two waits for the device.
 
@@ -57,6 +58,7 @@ def compete(
     torch.backends.cudnn.benchmark = True  # for every contestant alike
     problem = Problem(case, device)
     expected = first_loss(problem, contestants)
+    facts.setdefault(contestants[0], {})["firing_rate"] = problem.recorded.firing_rate
     steps = {}
     for contestant in contestants:
         build, dtype = CONTESTANTS[contestant]
@@ -73,7 +75,7 @@ def compete(
                     known["peak_bytes"] = torch.cuda.max_memory_allocated() - before
                 if "kept_bytes" not in known:
                     apart = [*step.student.parameters(), *step.student.buffers(), problem.inputs, problem.arranged]
-                    known["kept_bytes"] = measure.kept_bytes(step.forward, apart) / problem.recorded[1]
+                    known["kept_bytes"] = measure.kept_bytes(step.forward, apart) / problem.recorded.neuron_steps
                 known["note"] = step.note
             steps[contestant] = step
     stretches = {name: lambda step=step: [step() for _ in range(stretch)] for name, step in steps.items()}
@@ -146,14 +148,15 @@ def test_step(request, benchmark, report, timed, seconds, facts, tiny, name, con
         time_of_floor=figures.ratio(times[contestant], times[floor]) if floor in times.keys() - {contestant} else None,
         peak_bytes=own.get("peak_bytes"),
         kept_bytes_per_neuron_step=own.get("kept_bytes"),
+        firing_rate=own.get("firing_rate"),
     )
     report(SECTION, group, line(batch, extra))
 
 
 def line(batch: int, extra: dict) -> str:
     """A row of the printed table."""
-    names = ("time_of_first", "time_of_floor", "peak_bytes", "kept_bytes_per_neuron_step")
-    of_first, of_floor, peak, kept = (extra.get(name) for name in names)
+    names = ("time_of_first", "time_of_floor", "peak_bytes", "kept_bytes_per_neuron_step", "firing_rate")
+    of_first, of_floor, peak, kept, rate = (extra.get(name) for name in names)
     alone = "  1.00" if extra["contestant"] == extra["first"] else "     -"
     cells = [
         f"  {extra['contestant']:28s} {extra['time'].inverse().shown('8.1f', batch):26s}",
@@ -161,6 +164,7 @@ def line(batch: int, extra: dict) -> str:
         f"{of_floor.shown('6.2f'):22s} of floor" if of_floor else " " * 31,
         f"{peak / 2**20:8.0f} MiB" if peak else " " * 12,
         f"{kept:5.1f} B" if kept else " " * 7,
+        f"{100 * rate:5.1f} %" if rate is not None else "",
         extra["note"],
     ]
     return " ".join(cells).rstrip()

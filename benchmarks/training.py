@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,16 +86,55 @@ class Problem:
         return arranged(self.inputs, torch.channels_last)
 
     @functools.cached_property
-    def recorded(self) -> tuple[list[floors.Layer], int]:
-        """Convolutions and linear layers of one step with the stem once for each image; and how many neuron-steps."""
+    def recorded(self) -> Recorded:
+        """One step with the stem once for each image."""
         student = published_student(self, looped(self.case), stem_once=True)
-        spikes = []
-        for module in student.modules():
-            if isinstance(module, published.LoopedLIF):
-                module.register_forward_hook(lambda module, arguments, output: spikes.append(output.numel()))
-        with floors.recorded(student, self.teacher) as layers:
+        with counted(student) as spikes, floors.recorded(student, self.teacher) as layers:
             published.logits(student, self.teacher, self.inputs)
-        return layers, sum(spikes)
+        return Recorded(layers, spikes.neuron_steps, spikes.rate)
+
+
+class Recorded(NamedTuple):
+    """What a published network did.
+
+    Attributes:
+        layers: Its convolutions and linear layers.
+        neuron_steps: How many there were.
+        firing_rate: The share of them that fired.
+    """
+
+    layers: list[floors.Layer]
+    neuron_steps: int
+    firing_rate: float
+
+
+@dataclass
+class Spikes:
+    """How many neurons' steps there were, and in how many of them a neuron fired."""
+
+    neuron_steps: int = 0
+    fired: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """The share that fired."""
+        return self.fired / self.neuron_steps
+
+
+@contextlib.contextmanager
+def counted(network: nn.Module) -> Iterator[Spikes]:
+    """Count the spikes of a published network within this context."""
+    spikes = Spikes()
+
+    def count(module, arguments, output):
+        spikes.neuron_steps += output.numel()
+        spikes.fired += output.detach().sum(dtype=torch.float64).item()
+
+    neurons = [module for module in network.modules() if isinstance(module, published.LoopedLIF)]
+    handles = [neuron.register_forward_hook(count) for neuron in neurons]
+    yield spikes
+    for handle in handles:
+        handle.remove()
 
 
 @torch.no_grad()
@@ -230,7 +269,7 @@ def _control(problem: Problem, neuron: Callable[[], nn.Module]) -> Step:
 
 def floor(problem: Problem, dtype: torch.dtype) -> Callable[[], None]:
     """The step's convolutions and linear layers alone."""
-    return floors.convolutions(problem.recorded[0], dtype)
+    return floors.convolutions(problem.recorded.layers, dtype)
 
 
 F32, BF16 = torch.float32, torch.bfloat16

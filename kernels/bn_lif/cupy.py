@@ -31,8 +31,8 @@ HELD = {"forward": 112, "backward": 136}
 NEIGHBOURS_16_BIT = 4
 COLUMNS = 32  # threads of a block that lie side by side along the channels, at most
 # Of a kernel for each multiprocessor, about; more where a thread would go on for long. On an H200, in bfloat16,
-# backward of [4, 256, 64, 32, 32] took 130 us with 4, which run at once, 145 with 3, 164 with 5 and 142 with 16; where a
-# channel is contiguous 171, 141, 158 and 134.
+# backward of [4, 256, 64, 32, 32] took 130 us with 4, which run at once, 145 with 3, 164 with 5 and 142 with 16;
+# where a channel is contiguous 171, 141, 158 and 134.
 BLOCKS = {"moments": 4, "backward": 4, "backward, contiguous": 16, "gradient": 3}
 MERGED = 8  # of blocks' sums that a thread adds up one by one, about, before blocks are merged in two steps
 POSITIONS = (4, 256)  # of a thread, at least and at most where there are enough: so many float32 are added one by one
