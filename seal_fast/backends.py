@@ -130,6 +130,14 @@ def _resolve_transformed(backend, operator, default) -> str:
     return "torch"
 
 
+def skips_zeros(device: torch.device, dtype: torch.dtype | None = None) -> bool:
+    """Whether convolutions of spikes skip zeros where that is faster; else all of them are torch's."""
+    try:
+        return resolve("auto", "spike_conv2d", device, dtype) == "cpu"
+    except ValueError:  # SEAL_FAST_BACKEND names a kernel of neurons that has none for convolutions
+        return False
+
+
 def shown(backend: str, operator: str) -> str:
     """`backend` as the text of a module shows it: with "auto", what it stands for on each type of device here."""
     if backend != "auto":
@@ -140,6 +148,15 @@ def shown(backend: str, operator: str) -> str:
         with contextlib.suppress(ValueError):  # SEAL_FAST_BACKEND names a kernel for devices of another type
             chosen.append(f"{resolve(backend, operator, torch.device(name))} on {name}")
     return f"auto ({', '.join(chosen)})"
+
+
+def shown_spikes(backend: str) -> str:
+    """What neurons of `backend` give, as their text shows it: bits, by which convolutions skip zeros, or numbers."""
+    cpu = torch.device("cpu")
+    with contextlib.suppress(ValueError):
+        if resolve(backend, "lif", cpu) == "cpu" and skips_zeros(cpu):
+            return "bits on cpu"
+    return "numbers"
 
 
 def _found(operator: str, device=None, dtype=None, time_steps: int = 1) -> dict[str, Availability]:

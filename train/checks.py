@@ -8,9 +8,8 @@ import os
 
 import torch
 
-from seal_fast.backends import available
+from seal_fast.backends import available, skips_zeros
 from seal_fast.backends import resolve as resolve_backend
-from seal_fast.ops import spike_conv
 from seal_fast.train import checkpoint, ranks
 from seal_fast.train.defaults import fill_in
 from seal_fast.train.errors import UsageError
@@ -197,7 +196,7 @@ def kernels_of(args: argparse.Namespace) -> dict[str, str]:
     chosen = {operator: resolve_backend(args.backend, operator, device) for operator in ("lif", "bn_lif")}
     loss = args.backend if args.backend in ("auto", *available("seal_loss")) else "auto"
     if device.type == "cpu":
-        skips = chosen["bn_lif"] == "cpu" and spike_conv.skips(device, torch.float32)
+        skips = chosen["bn_lif"] == "cpu" and skips_zeros(device, torch.float32)
         chosen["spike_conv2d"] = "cpu" if skips else "torch"
     return {**chosen, "seal_loss": resolve_backend(loss, "seal_loss", device, time_steps=args.T)}
 

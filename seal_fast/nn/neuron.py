@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..backends import available, check_name, shown
+from ..backends import available, check_name, shown, shown_spikes
 from ..kernels.lif.reference import state_dtype
 from ..kernels.surrogate.reference import Surrogate
 from ..ops._arguments import NEURON_OPTIONS, as_surrogate, neuron_options, require_float_tensor, require_number
@@ -253,7 +253,8 @@ class BaseNode(MemoryModule):
         surrogate = f"{self.surrogate.name}(alpha={self.surrogate.alpha:g})"
         return (
             f"v_threshold={self.v_threshold}, v_reset={self.v_reset}, surrogate={surrogate}, "
-            f"detach_reset={self.detach_reset}, step_mode={self.step_mode}, backend={shown(self.backend, 'lif')}"
+            f"detach_reset={self.detach_reset}, step_mode={self.step_mode}, "
+            f"spikes={shown_spikes(self.backend)}, backend={shown(self.backend, 'lif')}"
         )
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from ..backends import resolve
+from ..backends import resolve, skips_zeros
 from ..kernels.packing.reference import pack
 from ..kernels.spike_conv import rule as measured
 from ._arguments import require_device, require_float_tensor, shape
@@ -120,7 +120,7 @@ def _prepared(spikes: Tensor, weight: Tensor, bias: Tensor | None, backend: str,
     if weight.dtype != spikes.dtype and not torch.is_autocast_enabled(spikes.device.type):
         raise TypeError(f"weight must be of the spikes' dtype, {spikes.dtype}; got {weight.dtype}.")
     if backend == "auto":  # SEAL_FAST_BACKEND may name a kernel of neurons that has none for this
-        chosen = "cpu" if skips(spikes.device, spikes.dtype) else "torch"
+        chosen = "cpu" if skips_zeros(spikes.device, spikes.dtype) else "torch"
     else:
         chosen = resolve(backend, operator, spikes.device, spikes.dtype)
     if chosen == "torch" or torch.compiler.is_compiling():
@@ -167,16 +167,8 @@ def fires_bits(like: Tensor, elements: int, rows: int) -> bool:
         and not _here.dense
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
-        and skips(like.device, like.dtype)
+        and skips_zeros(like.device, like.dtype)
     )
-
-
-def skips(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether "auto" stands for kernels that skip zeros."""
-    try:
-        return resolve("auto", "spike_conv2d", device, dtype) == "cpu"
-    except ValueError:  # SEAL_FAST_BACKEND names another kernel
-        return False
 
 
 class _Geometry(NamedTuple):
@@ -325,7 +317,7 @@ def _pays(kind: str, spikes: SpikeTensor, pixels: int, weight: Tensor, geometry:
         geometry: Of the convolution.
     """
     skip = spikes.always
-    if not skip and not _here.dense and skips(spikes.device, spikes.dtype):
+    if not skip and not _here.dense and skips_zeros(spikes.device, spikes.dtype):
         of_weight = kind == "weight gradient"
         limit = measured.limit(spikes.dtype, pixels, tuple(weight.shape), geometry.stride, of_weight=of_weight)
         skip = limit > 0 and spikes._memory.count() <= limit * spikes.numel()

@@ -122,7 +122,8 @@ def test_a_network_is_reset_and_detached_as_a_whole():
 def test_text_says_what_auto_stands_for(each_backend):
     if each_backend in ("torch", "cpu"):
         assert f"backend=auto ({each_backend} on cpu" in repr(LIFNode())
-    assert repr(LIFNode(backend="torch")).endswith("backend=torch)")
+        assert f"spikes={'bits on cpu' if each_backend == 'cpu' else 'numbers'}, " in repr(LIFNode())
+    assert repr(LIFNode(backend="torch")).endswith("spikes=numbers, backend=torch)")
 
 
 def test_extra_repr_names_every_option():
