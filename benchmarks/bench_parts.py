@@ -3,7 +3,7 @@
     pytest benchmarks/bench_parts.py
 
 The rest is batch norm, neurons, residual sums, pooling and the optimiser: the step less its other parts, each of which
-is timed alone, in turn with the step.
+is timed alone, in turn with the step. Convolutions get random numbers, or bits that fire as often as in the step.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def parts_of(problem: Problem, step: Step, name: str) -> dict:
     teacher_logits = torch.randn(batch, case.num_classes, device=problem.device)
     return {
         "step": step,
-        "convolutions": floors.convolutions(layers, dtype, layout),
+        "convolutions": floors.convolutions(layers, dtype, layout, skipping=True),
         "teacher": lambda: taught(step.teacher, seen[0], dtype),
         "loss": lambda: torch.autograd.grad(loss_of(logits, teacher_logits, problem.labels, **WEIGHTS), logits),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 from collections.abc import Callable
 
@@ -222,7 +223,7 @@ def rule(*operators: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
 
 def _on_numbers(func, args, kwargs):
     """The operator on plain tensors."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    if _is_composite(func):
         result = func.decompose(*args, **kwargs)  # as in inference mode; its parts may have a rule
         if result is not NotImplemented:
             return result
@@ -243,6 +244,11 @@ def _on_numbers(func, args, kwargs):
     places = {argument.name: place for place, argument in enumerate(schema.arguments)}
     written = next(each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write)
     return kwargs[written] if written in kwargs else args[places[written]]
+
+
+@functools.cache
+def _is_composite(func) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 _OF_SHAPE = (_ATEN.resize_.default, _ATEN.set_.source_Tensor, _ATEN.set_.source_Storage_storage_offset)

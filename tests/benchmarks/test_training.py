@@ -48,7 +48,7 @@ def test_recorded_layers():
     network(torch.randn(5, 3, 4, 4))
     expected = [(0, (5, 3, 4, 4), True, False), (2, (5, 16), True, True)]
     expected += [(index, shape, False, False) for index, shape, *_ in expected]
-    assert layers == [(network[index], shape, *flags) for index, shape, *flags in expected]
+    assert layers == [(network[index], shape, *flags, None) for index, shape, *flags in expected]
 
 
 def test_kept_bytes_counts_each_storage_once_and_what_hooks_put_in_its_place():
@@ -99,10 +99,24 @@ def test_layers_that_get_bits_are_recorded():
         with torch.inference_mode():
             network(spikes)
     assert [layer.shape for layer in layers] == [(2, 64, 16, 16), (2, 8)] * 2
-    assert [layer[2:] for layer in layers] == [(True, False), (True, True), (False, False), (False, False)]
+    assert [layer[2:4] for layer in layers] == [(True, False), (True, True), (False, False), (False, False)]
+    assert [layer.firing_rate for layer in layers] == [spikes.firing_rate(), None] * 2
     forward = 2 * 2 * 8 * (64 * 16 * 16 + 2)
     backward = 2 * 2 * 8 * (64 * 16 * 16 + 2 * 2)
     assert operations(floors.convolutions(layers, torch.float32)) == 2 * forward + backward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_alone_may_skip_what_did_not_fire(dtype):
+    spikes, network = bits_of((8, 64, 32, 32)), nn.Conv2d(64, 64, 3)
+    with floors.recorded(network) as layers:
+        network(spikes)
+        network(spikes.numbers())
+    for skipping, expected in ((False, {}), (True, {("spike_conv2d", "cpu"): 1, ("weight gradient", "cpu"): 1})):
+        run = floors.convolutions(layers, dtype, skipping=skipping)
+        spike_conv.calls.clear()
+        run()
+        assert spike_conv.calls == expected
 
 
 @pytest.mark.parametrize("contestant", ["ours, float32", "ours, bfloat16"])
