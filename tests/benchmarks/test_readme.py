@@ -24,6 +24,14 @@ STEPS = {
     "seal-fast, bfloat16": "ours, bfloat16",
     "seal-fast, bfloat16, packed spikes": "ours, bfloat16, packed",
 }
+INFERENCE = "inference, resnet18-cifar: resnet18, T 4, 32 x [3, 32, 32]"
+EVALUATIONS = {
+    "published evaluation, eager float32": "published, eager",
+    "seal-fast evaluation, float32": "ours, float32",
+    "seal-fast evaluation, bfloat16": "ours, bfloat16",
+    "seal-fast evaluation, float32, dense convolutions": "ours, float32, dense",
+    "seal-fast evaluation, bfloat16, dense convolutions": "ours, bfloat16, dense",
+}
 KERNELS = {
     "LIF, float32 [4, 32, 64, 32, 32]": (
         "lif",
@@ -56,6 +64,25 @@ def test_training_step(name):
     assert cells(name) == expected
 
 
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_inference(name):
+    def found(quantity):
+        return tables.find(TABLE, "inference", INFERENCE, EVALUATIONS[name], quantity)
+
+    assert cells(name) == [
+        found("time").inverse().shown(".1f", 32),
+        "" if EVALUATIONS[name] == "published, eager" else found("time_of_first").inverse().shown(".2f"),
+        found("time_of_floor").shown(".2f"),
+    ]
+
+
+def test_firing_rates():
+    shown = re.findall(r"([\d.]+) % of the neurons fire", README)
+    groups = [("train", STEP), ("inference", INFERENCE)]
+    rates = [tables.find(TABLE, *group, "published, eager", "firing_rate").median for group in groups]
+    assert shown == [f"{100 * rate:.1f}" for rate in rates]
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels(name):
     benchmark, group, peer = KERNELS[name]
@@ -78,7 +105,7 @@ def test_figures_of_a_gpu():
 
 def test_every_row_is_compared():
     rows = re.findall(r"^\| ([^|]+?) \| [\d.]+ ", README, re.MULTILINE)
-    assert set(rows) == {*STEPS, *KERNELS}
+    assert set(rows) == {*STEPS, *EVALUATIONS, *KERNELS}
 
 
 def test_conditions_are_those_of_the_table():
