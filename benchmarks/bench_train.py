@@ -58,7 +58,8 @@ def compete(
     torch.backends.cudnn.benchmark = True  # for every contestant alike
     problem = Problem(case, device)
     expected = first_loss(problem, contestants)
-    facts.setdefault(contestants[0], {})["firing_rate"] = problem.recorded.firing_rate
+    with measure.noting({}, "firing rate"):
+        facts.setdefault(contestants[0], {}).setdefault("firing_rate", problem.recorded.firing_rate)
     steps = {}
     for contestant in contestants:
         build, dtype = CONTESTANTS[contestant]

@@ -52,7 +52,7 @@ def convolutions(
 ) -> Callable[[], None]:
     """A function that runs all layers in `dtype` and that layout: forward, and backward where they train.
 
-    All are dense; with `skipping` those that had bits have bits that fire as often, and may skip the others.
+    All are dense; with `skipping` those that had bits get random bits of the same firing rate, and may skip zeros.
     """
     calls = [_call(layer if skipping else layer._replace(firing_rate=None), dtype, memory_format) for layer in layers]
 

@@ -25,7 +25,7 @@ def lif(device: torch.device, options: dict) -> dict[str, Callable[[torch.Tensor
         if _runs("lif", name, device):
             found[f"seal-fast {name}"] = functools.partial(_ours, name, options)
     found["torch loop"] = functools.partial(loop, options)
-    found["torch.compile of it"] = torch.compile(found["torch loop"], dynamic=False)
+    found["torch.compile of the loop"] = torch.compile(found["torch loop"], dynamic=False)
     found.update(_spikingjelly(device, options))
     return found
 

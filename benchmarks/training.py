@@ -99,8 +99,8 @@ class Recorded(NamedTuple):
 
     Attributes:
         layers: Its convolutions and linear layers.
-        neuron_steps: How many there were.
-        firing_rate: The share of them that fired.
+        neuron_steps: Of all its neurons, at all time steps.
+        firing_rate: The share of these in which a neuron fired.
     """
 
     layers: list[floors.Layer]

@@ -151,7 +151,7 @@ def shown(backend: str, operator: str) -> str:
 
 
 def shown_spikes(backend: str) -> str:
-    """What neurons of `backend` give, as their text shows it: bits, by which convolutions skip zeros, or numbers."""
+    """What large layers of `backend` give, as a neuron's text shows it: bits, whose zeros are skipped, or numbers."""
     cpu = torch.device("cpu")
     with contextlib.suppress(ValueError):
         if resolve(backend, "lif", cpu) == "cpu" and skips_zeros(cpu):

@@ -83,7 +83,7 @@ def all_stages(*, rehearse: bool = False) -> dict[str, Stage]:
         "tuning": Stage(90, tuple(module("gpu.times", *job, "candidates") for job in tuned), IN_TURN),
         "sanitizer": Stage(120, tuple(_sanitized(module, rehearse)), processors),
         "values": Stage(130, (_pytest("values", _value_tests(), processors, rehearse),)),
-        "compiled": Stage(120, tuple(module("gpu.peers", name, "compiled") for name in peers), IN_TURN),
+        "compiled": Stage(240, tuple(module("gpu.peers", name, "compiled") for name in peers), IN_TURN),
     }
     if rehearse:  # these start no kernel of this library that is not started before
         del stages["peers"], stages["compiled"]

@@ -31,7 +31,7 @@ SECONDS = 0.1  # for each figure
 SHAPE = (4, 2 if record.rehearsing() else 256, 64, 32, 32)
 # What ResNet-18 for CIFAR has at a batch of 128 beside the first: SHAPE of its stages, for tuning.
 STAGES = [(4, SHAPE[1] // 2, 64 << i, 32 >> i, 32 >> i) for i in range(4)]
-BLOCKS_OF = ("moments", "backward", "backward, contiguous", "gradient")
+BLOCKS_OF = ("moments", "backward", "backward, 16 bits", "backward, contiguous", "gradient")
 # operator -> backend -> other values of constants of kernels/: several at once, or one
 CANDIDATES: dict[str, dict[str, list[dict[str, object]]]] = {
     "lif": {

@@ -27,13 +27,13 @@ HISTORY = 128  # bytes of registers for a thread's potentials before each reset,
 HELD = {"forward": 112, "backward": 136}
 # Neighbouring neurons that a thread of backward takes, at most, in 16 bits: 4 or 8. A thread of 4 executes 9 % more
 # instructions for each element, but three to four blocks run on a multiprocessor instead of two. On an H200, at T = 4,
-# 8 took 3 to 14 % longer for 64 channels of 32 x 32.
+# 8 took 24 to 52 % longer channels_last, and 2 % where a channel is contiguous.
 NEIGHBOURS_16_BIT = 4
 COLUMNS = 32  # threads of a block that lie side by side along the channels, at most
-# Of a kernel for each multiprocessor, about; more where a thread would go on for long. On an H200, in bfloat16,
-# backward of [4, 256, 64, 32, 32] took 130 us with 4, which run at once, 145 with 3, 164 with 5 and 142 with 16;
-# where a channel is contiguous 171, 141, 158 and 134.
-BLOCKS = {"moments": 4, "backward": 4, "backward, contiguous": 16, "gradient": 3}
+# Of a kernel for each multiprocessor, about; more where a thread would go on for long. On an H200 backward of
+# [4, 256, 64, 32, 32] in bfloat16 took 130 us with 4, which run at once, 145 with 3 and 164 with 5; in float32 three
+# run at once. Where a channel is contiguous it took 171 us with 4, 141 with 3, 158 with 5 and 134 with 16.
+BLOCKS = {"moments": 4, "backward": 3, "backward, 16 bits": 4, "backward, contiguous": 16, "gradient": 3}
 MERGED = 8  # of blocks' sums that a thread adds up one by one, about, before blocks are merged in two steps
 POSITIONS = (4, 256)  # of a thread, at least and at most where there are enough: so many float32 are added one by one
 
@@ -180,7 +180,8 @@ def backward(
         held = ((chunk + by_channel + 8 * parameters) * state.itemsize + read) // 4
         while vector > 1 and (vector * chunk * state.itemsize > HISTORY or vector * held > HELD["backward"]):
             vector //= 2
-        kind = "backward" if given.channel_stride == 1 else "backward, contiguous"
+        kind = "backward, 16 bits" if y.element_size() == 2 else "backward"
+        kind = kind if given.channel_stride == 1 else "backward, contiguous"
         tiling = _tiling(*shape, vector, _blocks(kind, y))
         template = (
             *(NUMBERS[y.dtype], *tiling.template, chunk, chunks > 1, *neuron.charging),
