@@ -17,10 +17,11 @@ demo: $(VENV)/.train
 	@echo "==> A teacher and three spiking students on handwritten digits, on the GPU if there is one."
 	$(BIN)/python -m seal_fast.train.demo
 
-# A worker for each processor, and a thread for each worker: most tests use one.
+# A worker for each processor, and a thread for each worker: most tests use one. In the order of the folders, as the longest
+# tests are in files of few, which would come last, alone.
 test: $(VENV)/.test
 	@echo "==> Tests; less than ten minutes on two idle cores, no GPU needed."
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS="-c tests/oldest.txt"

@@ -88,7 +88,7 @@ TEST = [
     *TRAIN,
     "pytest>=8",
     "pytest-benchmark>=5",
-    "pytest-xdist>=3.5",
+    "pytest-xdist>=3.7",
     "hypothesis>=6.100",
     "spikingjelly",
     "cupy-cuda12x; sys_platform == 'linux'",  # compiles CUDA C++ where there is no GPU, too
