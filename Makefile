@@ -20,7 +20,7 @@ demo: $(VENV)/.train
 # A worker for each processor, and a thread for each worker: most tests use one. In the order of the folders, as the longest
 # tests are in files of few, which would come last, alone.
 test: $(VENV)/.test
-	@echo "==> Tests; less than ten minutes on two idle cores, no GPU needed."
+	@echo "==> Tests; ten to fifteen minutes on two cores, no GPU needed."
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-oldest:
