@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import other_layouts
 from seal_fast import bn_lif, lif, packed_spikes
 from seal_fast.nn import LIFNode, ParametricLIFNode, Surrogate
 from seal_fast.ops._dispatch import Plans
@@ -229,11 +230,6 @@ def test_a_time_constant_that_is_learned_is_read_at_each_call():
     assert torch.equal(bn_lif(y, bn, node, time_steps=T), bn_lif(y, bn, expected, time_steps=T))
 
 
-def contiguous(tensor):
-    """What a hook that moves saved tensors elsewhere may give back."""
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
 LAYOUTS = {
     "channels_last": lambda x: x.transpose(-1, -3).contiguous().transpose(-1, -3),
     "rows with gaps": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
@@ -242,11 +238,8 @@ LAYOUTS = {
 
 
 def hooked(run, leaves):
-    """Gradients without hooks, and then where saved tensors come back in another layout."""
-    expected = gradients(run(), leaves)
-    with torch.autograd.graph.saved_tensors_hooks(contiguous, contiguous):
-        out = run()
-    return gradients(out, leaves), expected
+    """Gradients where saved tensors come back in another layout, and without hooks."""
+    return other_layouts.with_and_without(run, lambda out: gradients(out, leaves))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import other_layouts
 from seal_fast import seal_loss, selective_alignment_weights
 from seal_fast.backends import available
 from seal_fast.nn import SealLoss
@@ -54,22 +55,8 @@ def test_the_weights_compile_whole_for_any_size(backend):
 
 @pytest.mark.parametrize("backend", [name for name in available("seal_loss") if name in ("cpu", "torch")])
 def test_what_was_saved_may_come_back_in_another_layout(backend):
-    logits, teacher_logits, labels = inputs()
-    logits = logits.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    teacher_logits, labels = teacher_logits.t().contiguous().t(), labels.repeat_interleave(2)[::2]
-
-    def contiguous(tensor):
-        return tensor.clone(memory_format=torch.contiguous_format)
-
-    def twice():
-        loss = seal_loss(logits, teacher_logits, labels, alpha=0.6, beta=0.15, backend=backend).loss
-        return [torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2)]  # the second is made again
-
-    expected = twice()
-    with torch.autograd.graph.saved_tensors_hooks(contiguous, contiguous):
-        found = twice()
-    for got, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-8)
+    found, expected = other_layouts.gradients_of_loss(*inputs(), backend)
+    assert all(torch.equal(got, right) for got, right in zip(found, expected, strict=True))
 
 
 def test_plain_torch_models_on_both_sides_learn():
