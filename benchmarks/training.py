@@ -132,9 +132,11 @@ def counted(network: nn.Module) -> Iterator[Spikes]:
 
     neurons = [module for module in network.modules() if isinstance(module, published.LoopedLIF)]
     handles = [neuron.register_forward_hook(count) for neuron in neurons]
-    yield spikes
-    for handle in handles:
-        handle.remove()
+    try:
+        yield spikes
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
