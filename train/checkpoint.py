@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ from torch import nn
 
 from seal_fast.models import STUDENTS, TEACHERS, student, teacher
 from seal_fast.models.ann import WITHOUT_STEMS
+from seal_fast.train import disk
 from seal_fast.train.errors import UsageError
 
 BEST = "best.pt"  # of a run's folder: the weights of the best epoch
@@ -22,7 +21,7 @@ BEST = "best.pt"  # of a run's folder: the weights of the best epoch
 
 def save(content: dict, path: Path) -> None:
     """Write `content` to `path`; what was there before stays until the new file is complete, and then is gone."""
-    write(_packed(content), path)
+    disk.write(_packed(content), path)
 
 
 def save_keeping_previous(content: dict, path: Path, previous: Path) -> None:
@@ -41,7 +40,7 @@ def save_keeping_previous(content: dict, path: Path, previous: Path) -> None:
             except OSError:  # a file system without links: for a moment there is no `path`
                 os.replace(path, previous)
 
-    write(_packed(content), path, before_rename=keep)
+    disk.write(_packed(content), path, before_rename=keep)
 
 
 def _packed(content: dict) -> memoryview:
@@ -52,32 +51,6 @@ def _packed(content: dict) -> memoryview:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getbuffer()
-
-
-def write(content: bytes | memoryview, path: Path, before_rename: Callable[[], None] = lambda: None) -> None:
-    """Write a file whole or not at all: it is on the disk under another name before it takes its own.
-
-    Raises:
-        OSError: The disk is full, or the folder cannot be written to; what was at `path` is still there.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        before_rename()
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    if os.name == "posix":  # the rename itself; elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def load(path: Path) -> dict:

@@ -16,7 +16,7 @@ import torch
 
 from seal_fast.backends import BACKENDS
 from seal_fast.models import STUDENTS, TEACHERS
-from seal_fast.train import checkpoint, data, ranks
+from seal_fast.train import data, disk, ranks
 from seal_fast.train.checks import kernels_of, memory_format, smallest_part
 from seal_fast.train.command import command
 from seal_fast.train.engine import evaluate
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict:
     before = "" if trained.accuracy is None else f"in training: {trained.accuracy:.2%}; "
     ranks.say(f"{before}{speed:.0f} images/s")
     if args.json is not None and ranks.first():
-        checkpoint.write((json.dumps(found, indent=2) + "\n").encode(), Path(args.json))
+        disk.write((json.dumps(found, indent=2) + "\n").encode(), Path(args.json))
     return found
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from seal_fast import __version__
-from seal_fast.train import checkpoint, ranks
+from seal_fast.train import checkpoint, disk, ranks
 from seal_fast.train.errors import UsageError
 from seal_fast.train.options import FREE_ON_RESUME
 
@@ -84,7 +84,7 @@ class Run:
         except OSError as error:
             raise UsageError(f"--log_path: cannot make the run's folder {self.folder}: {error.strerror}.") from error
         config = {"options": vars(args), "environment": environment(args.device)}
-        checkpoint.write((json.dumps(config, indent=2) + "\n").encode(), self.folder / "config.json")
+        disk.write((json.dumps(config, indent=2) + "\n").encode(), self.folder / "config.json")
 
 
 def _checked(path: Path, check: Callable[[dict, Path], None]) -> dict:

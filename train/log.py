@@ -7,7 +7,7 @@ import io
 import time
 from pathlib import Path
 
-from seal_fast.train import checkpoint, plots, ranks
+from seal_fast.train import disk, plots, ranks
 from seal_fast.train.tasks import TERMS
 
 LOSSES = {"loss", "ce", *(term for terms in TERMS.values() for term in terms)}
@@ -49,7 +49,7 @@ class Log:
         table = csv.DictWriter(file, fieldnames=list(row), extrasaction="ignore")
         table.writeheader()
         table.writerows([*kept, {name: f"{value:.6g}" for name, value in row.items()}])
-        checkpoint.write(file.getvalue().encode(), self.folder / "metrics.csv")
+        disk.write(file.getvalue().encode(), self.folder / "metrics.csv")
         for name, value in row.items():
             self._writer.add_scalar(name, value, int(row["epoch"]))
         self._writer.flush()
