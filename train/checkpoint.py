@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from seal_fast.models import STUDENTS, TEACHERS, student, teacher
 from seal_fast.models.ann import WITHOUT_STEMS
 from seal_fast.train import disk
 from seal_fast.train.errors import UsageError
+from seal_fast.train.harmless import harmless
 
 BEST = "best.pt"  # of a run's folder: the weights of the best epoch
 
@@ -57,15 +59,18 @@ def load(path: Path) -> dict:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        UsageError: The file is missing, truncated, or holds anything but tensors and plain values.
+        UsageError: The file is missing, truncated, or holds what could execute something: anything but tensors, plain
+            values, and arrays, numbers and options that are as harmless.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(harmless()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"there is no checkpoint at {path}.") from None
     except pickle.UnpicklingError as error:
-        reason = "it holds something other than tensors and plain values, or is no checkpoint"
-        raise UsageError(f"checkpoint {path} is refused: {reason}.") from error
+        raise UsageError(f"checkpoint {path} is refused: {_refused(error)}.") from error
+    except OSError as error:
+        raise UsageError(f"checkpoint {path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # torch.load raises whatever the bytes that it meets lead to
         reason = f"{type(error).__name__} {error}".strip().splitlines()[0].rstrip(".")
         raise UsageError(f"checkpoint {path} is truncated or no checkpoint ({reason}).") from error
@@ -74,19 +79,49 @@ def load(path: Path) -> dict:
     return content
 
 
+def _refused(error: pickle.UnpicklingError) -> str:
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if not found:
+        return "it holds something other than tensors and plain values, or is no checkpoint"
+    # What runs code is for those to load who made it.
+    how = "torch.save(torch.load(OLD, weights_only=False).state_dict(), NEW)"
+    return (
+        f"it holds {found[1]}, which could run code when it is read; if you trust it, save its weights alone, as {how}"
+    )
+
+
 def best_of(path: str | Path) -> Path:
     """The checkpoint that a path names: a run's folder names its best one."""
     path = Path(path)
-    return path / BEST if path.is_dir() else path
+    return path / BEST if os.path.isdir(path) else path
+
+
+# Where checkpoints have their weights: of these trainers and the published code first.
+_KEYS = ("best_net", "net", "state_dict", "model_state_dict", "model", "network")
+_KEYS_IN_WORDS = f"{', '.join(_KEYS[:-1])} or {_KEYS[-1]}"
+# What torch.compile and FSDP put into the names of a module's parameters, wherever the module is.
+_INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def weights_of(content: dict) -> object:
-    """The network's weights in a checkpoint: under "best_net", under "net" (last.pt), or the checkpoint itself.
+    """The network's weights in a checkpoint: under one of the keys that are in use, or the checkpoint itself.
 
-    DataParallel and DistributedDataParallel put every module under the name "module".
+    Names come without what wrappers add to them: DataParallel, DistributedDataParallel and AveragedModel put every
+    module under the name "module".
     """
-    state = content.get("best_net", content.get("net", content))
-    return {name.removeprefix("module."): value for name, value in state.items()} if _is_state_dict(state) else state
+    found = [content[key] for key in _KEYS if key in content]
+    state = next((value for value in found if _is_state_dict(value)), found[0] if found else content)
+    if not _is_state_dict(state):
+        return state
+    state = {name: value for name, value in state.items() if name != "n_averaged"}  # AveragedModel's count
+    while True:
+        before = list(state)
+        for inner in _INNER:
+            state = {name.replace(inner, ""): value for name, value in state.items()}
+        if state and all(name.startswith("module.") for name in state):
+            state = {name.removeprefix("module."): value for name, value in state.items()}
+        if list(state) == before:
+            return state
 
 
 def start_from(network: nn.Module, state: object, path: Path, what: str, **asked: str) -> list[str]:
@@ -135,7 +170,7 @@ def require_match(network: nn.Module, state: object, path: Path, what: str, **as
     Raises:
         UsageError: They are not.
     """
-    forms = "it is no state dict, and has none under best_net"
+    forms = f"it is no state dict, and has none under {_KEYS_IN_WORDS}"
     mismatch = _mismatch(network.state_dict(), state) if _is_state_dict(state) else forms
     if mismatch:
         found = _instead(state, **asked) if asked else ""
@@ -150,7 +185,7 @@ def load_teacher(path: Path, arch: str, *, num_classes: int, in_channels: int, s
     """
     state = weights_of(load(path))
     if not _is_state_dict(state):
-        raise UsageError(f"checkpoint {path} holds no teacher: expected {{'best_net': state_dict}}.")
+        raise UsageError(f"checkpoint {path} holds no teacher: no state dict is there, nor under {_KEYS_IN_WORDS}.")
     network = teacher(arch, num_classes=num_classes, in_channels=in_channels, stem=stem)
     what = f"a {arch} with {num_classes} classes and {in_channels} input channels"
     load_into(network, state, path, what, role="teacher", arch=arch, flag="--tea_arch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 
@@ -13,7 +14,9 @@ from seal_fast.backends import resolve as resolve_backend
 from seal_fast.train import checkpoint, ranks
 from seal_fast.train.defaults import fill_in
 from seal_fast.train.errors import UsageError
+from seal_fast.train.options import MACHINE
 from seal_fast.train.tasks import tau_of
+from seal_fast.train.threads import processors
 
 
 def resolve(args: argparse.Namespace, *, role: str) -> argparse.Namespace:
@@ -26,11 +29,12 @@ def resolve(args: argparse.Namespace, *, role: str) -> argparse.Namespace:
     Raises:
         UsageError: A value is out of range, or something that it names does not exist.
     """
+    args.asked = {name: getattr(args, name) for name in MACHINE}
     for flag in vars(args).pop("without_effect", ()):
         ranks.say(f"{flag} has no effect, as in the published scripts.")
     fill_in(args, role=role)
     if args.num_workers is None:
-        args.num_workers = 0 if args.dataset == "DIGITS" else min(8, _processors())
+        args.num_workers = 0 if args.dataset == "DIGITS" else min(8, processors())
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.device = ranks.own_device(args.device)
@@ -62,9 +66,29 @@ def potential(text: str | float | None) -> float | None:
     return value
 
 
-def _processors() -> int:
-    """Processors that this process may use; not every system can tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# package -> module that shows whether it works
+_DATA = {"numpy": "numpy", "torchvision": "torchvision", "tqdm": "tqdm"}
+_DIGITS = {"scikit-learn": "sklearn.datasets"}
+_LOG = {"tensorboard": "torch.utils.tensorboard", "matplotlib": "matplotlib.figure"}
+
+
+def require_packages(dataset: str | None, *, logs: bool) -> None:
+    """See whether the packages that a run needs are there, before it starts.
+
+    Args:
+        dataset: The data set.
+        logs: Whether it writes TensorBoard's events and plots, which the first rank does.
+
+    Raises:
+        UsageError: One is not, or does not fit the others.
+    """
+    needed = {**_DATA, **(_DIGITS if "DIGITS" in str(dataset) else {}), **(_LOG if logs and ranks.first() else {})}
+    for package, module in needed.items():
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # one that does not fit torch raises RuntimeError, and others what they like
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise UsageError(f"{package} is needed: pip install 'seal-fast[train]' ({reason}).") from error
 
 
 def _check_shared(args: argparse.Namespace) -> None:
@@ -88,8 +112,9 @@ def _check_shared(args: argparse.Namespace) -> None:
             f"got {args.train_batch_size}."
         )
     saving(args.save_every)
-    if args.init_from is not None:  # the same in whatever folder the run is resumed
-        args.init_from = os.path.abspath(args.init_from)
+    for name in ("data_path", "tea_path", "init_from"):  # the same in whatever folder the run is resumed
+        if getattr(args, name, None) is not None:
+            setattr(args, name, os.path.abspath(os.path.expanduser(getattr(args, name))))
     try:
         torch.zeros(1, device=args.device).cpu()
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError here
@@ -159,7 +184,7 @@ def _check_student(args: argparse.Namespace) -> None:
             f"--tea_path is needed: --method {args.method} learns from a teacher (train one with teacher.py)."
         )
     path = checkpoint.best_of(args.tea_path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"--tea_path: there is no teacher checkpoint at {path}.")
     args.tea_path = str(path)
 

@@ -50,8 +50,10 @@ def fill_in(args: argparse.Namespace, *, role: str) -> None:
     """Give what was left open the defaults of the dataset's family.
 
     Raises:
-        UsageError: There is no such data set.
+        UsageError: There is no such data set, or none is named.
     """
+    if args.dataset is None:
+        raise UsageError(f"--dataset is needed: one of {', '.join(DEFAULTS)}; --resume PATH takes that of its run.")
     args.dataset = dataset_of(args.dataset)
     defaults = DEFAULTS[args.dataset][role == "student"]
     renamed = {"student": ("stu_arch",), "batch_size": ("train_batch_size", "val_batch_size")}

@@ -9,13 +9,26 @@ from pathlib import Path
 from seal_fast.train import distill, teacher
 from seal_fast.train.checks import resolve
 from seal_fast.train.command import command
+from seal_fast.train.errors import StoppedError
 from seal_fast.train.options import Parser, distill_parser, teacher_parser
 
+LEFT = "what its runs have saved is whole, and the demo starts anew"
 STUDENTS = {"labels only": "ce", "uniform kd": "kd", "seal": "seal"}
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train one teacher and three students, and print the table."""
+    """Train one teacher and three students, and print the table.
+
+    Raises:
+        StoppedError: A signal was received; the training at hand is saved.
+    """
+    try:
+        _run(args)
+    except StoppedError as error:
+        raise StoppedError(error.code, f"{error} The demo itself starts anew.") from None
+
+
+def _run(args: argparse.Namespace) -> None:
     shared = ["--dataset", "DIGITS", "--log_path", args.log_path, "--seed", str(args.seed)]
     if args.num_epoch is not None:
         shared += ["--num_epoch", str(args.num_epoch)]
@@ -51,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=60, help="(default: %(default)s)")
     parser.add_argument("--T", type=int, default=4, help="time steps (default: %(default)s)")
     parser.add_argument("--num_epoch", type=int, help="epochs of each run (default: that of the trainers)")
-    return command(parser, run, argv)
+    return command(parser, run, argv, left=LEFT)
 
 
 if __name__ == "__main__":

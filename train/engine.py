@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
-from tqdm import tqdm
 
 from seal_fast.models.snn import Neuron
 from seal_fast.train import ranks
@@ -15,48 +13,13 @@ from seal_fast.train.errors import TrainingError, UsageError
 from seal_fast.train.feed import Feed
 from seal_fast.train.keeper import Keeper
 from seal_fast.train.meters import Meters
+from seal_fast.train.progress import Progress, bar
 from seal_fast.train.step import Step, autocast
+from seal_fast.train.threads import Watch
 
 READ_EVERY = 10  # steps between readings of the meters: each reading waits for the device
 SKIPS = 20  # losses in a row that may be not finite where GradScaler skips their steps
 SMALLEST_SCALE = 1e-4  # GradScaler's, which halves with each step that it skips: below it something else is wrong
-
-
-class Progress:
-    """The progress bar of an epoch, on the first rank.
-
-    Args:
-        title: Shown before it.
-        feed: Whose waiting is shown.
-        meters: Whose images are counted.
-        steps: Of the epoch.
-        done: Of them, before this process went on with it.
-        epochs_left: Epochs after this one, for the time that remains.
-    """
-
-    def __init__(self, title: str, feed: Feed, meters: Meters, *, steps: int, done: int, epochs_left: int):
-        self.feed, self.meters = feed, meters
-        self.steps, self.done, self.epochs_left = steps, done, epochs_left
-        self.begun = self.last = time.perf_counter()
-        self.last_step, self.last_images, self.last_waited = done, meters.images, feed.waited
-        # disable=None: no bar where the output is no terminal.
-        shown, hidden = "{desc} |{bar:8}| {n_fmt}/{total_fmt}{postfix}", None if ranks.first() else True
-        settings = {"bar_format": shown, "leave": False, "dynamic_ncols": True, "disable": hidden}
-        self.bar = tqdm(total=steps, initial=done, desc=title, **settings)
-
-    def show(self, step: int, means: dict[str, float]) -> None:
-        """Tell what the meters read after a step."""
-        now, images, waited = time.perf_counter(), self.meters.images, self.feed.waited
-        steps, seconds = step - self.last_step, now - self.last
-        left = self.steps - step + self.epochs_left * self.steps
-        remaining = (now - self.begun) / (step - self.done) * left
-        self.bar.set_postfix_str(
-            # What matters most comes first: a narrow terminal cuts the end.
-            f"ends in {tqdm.format_interval(int(remaining))}, loss {means['loss']:.3f}, "
-            f"acc {means['accuracy']:.1%}, {(images - self.last_images) / seconds:.0f} img/s, "
-            f"step {1e3 * seconds / steps:.0f} ms, data {1e3 * (waited - self.last_waited) / steps:.0f} ms"
-        )
-        self.last, self.last_step, self.last_images, self.last_waited = now, step, images, waited
 
 
 def train_epoch(
@@ -68,6 +31,7 @@ def train_epoch(
     epochs_left: int,
     meters: Meters | None = None,
     keeper: Keeper | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, float]:
     """Train on every batch of the feed once.
 
@@ -79,6 +43,7 @@ def train_epoch(
         epochs_left: Epochs after this one, for the time that remains.
         meters: What the steps that are done added up to; by default nothing.
         keeper: Saves inside the epoch.
+        watch: Knows whether other programs hold the processors.
 
     Returns:
         Mean losses by name, accuracy, seconds, images_per_second, and data_wait, the share of the time spent waiting
@@ -91,25 +56,26 @@ def train_epoch(
     step.task.network.train()
     scaler = step.scaler
     meters = meters or Meters(step.device)
-    progress = Progress(title, feed, meters, steps=batches.steps, done=batches.done, epochs_left=epochs_left)
-    meters.resume_clock(feed)
-    brought = iter(feed)
-    for number in range(batches.done + 1, batches.steps + 1):
-        parts = batches.parts(number)
-        for part in range(1, parts + 1):
-            inputs, labels = next(brought)
-            weight = ranks.size() * len(labels) / batches.images(number)
-            meters.add(step(inputs, labels, weight=weight, first=part == 1, last=part == parts), labels, number)
-        if step.skipped is not None:
-            meters.skipped = meters.skipped + step.skipped
-        progress.bar.update()
-        if number % READ_EVERY == 0 or number == batches.steps:
-            progress.show(number, meters.read())
-            if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
-                raise TrainingError(f"the gradient is not finite at step {number}, as in most of the steps before")
-        if keeper is not None:
-            keeper.after(number, meters, batches.steps)
-    progress.bar.close()
+    with Progress(title, feed, meters, steps=batches.steps, done=batches.done, epochs_left=epochs_left) as progress:
+        meters.resume_clock(feed)
+        brought = iter(feed)
+        for number in range(batches.done + 1, batches.steps + 1):
+            parts = batches.parts(number)
+            for part in range(1, parts + 1):
+                inputs, labels = next(brought)
+                weight = ranks.size() * len(labels) / batches.images(number)
+                meters.add(step(inputs, labels, weight=weight, first=part == 1, last=part == parts), labels, number)
+            if step.skipped is not None:
+                meters.skipped = meters.skipped + step.skipped
+            progress.step()
+            if number % READ_EVERY == 0 or number == batches.steps:
+                progress.show(number, meters.read())
+                if watch is not None and (sentence := watch.sentence()):
+                    progress.say(sentence)
+                if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
+                    raise TrainingError(f"the gradient is not finite at step {number}, as in most of the steps before")
+            if keeper is not None:
+                keeper.after(number, meters, batches.steps)
     means = meters.read()
     seconds, waited = meters.clock()
     if scaler.is_enabled():
@@ -179,15 +145,16 @@ def evaluate(task, feed: Feed, *, device: torch.device, amp: str, pause: Callabl
     """
     task.network.eval()
     hits, images = torch.zeros(task.time_steps, dtype=torch.int64, device=device), 0
-    with SpikeRecorder(task.network, task.time_steps) as recorder:
-        hidden = None if ranks.first() else True
-        for inputs, labels in tqdm(feed, desc="evaluation", unit="step", leave=False, disable=hidden):
+    shown = bar(total=len(feed), desc="evaluation", unit="step", dynamic_ncols=True)
+    with shown, SpikeRecorder(task.network, task.time_steps) as recorder:
+        for inputs, labels in feed:
             pause()
             with autocast(device, amp):
                 logits = task.predict(inputs)
             predictions = logits.float().cumsum(0).argmax(-1)  # the mean over t steps has the argmax of their sum
             hits = hits + (predictions == labels).sum(1)
             images += len(labels)
+            shown.update()
     *hits, images = ranks.total([*hits.tolist(), images])
     if images == 0:
         raise UsageError("the validation set is empty.")

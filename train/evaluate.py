@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> dict:
         checkpoint, dataset, samples; accuracy, accuracy_at t = 1…T, and firing_rate by layer.
     """
     trained = Trained(args.path, **{name: getattr(args, name) for name in DESCRIBED})
-    options = prepare(options_of(trained, args), trained.role)
+    options = prepare(options_of(trained, args), trained.role, trains=False)
     network = trained.network(options)
     splits = splits_of(options, trained.role)
     if trained.num_classes != splits.num_classes:

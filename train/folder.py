@@ -1,15 +1,16 @@
-"""A run's folder: what is in it, and which one a resumed run goes on in. The first rank alone touches it."""
+"""A run's folder: what is in it, and who may use it. The first rank alone touches it."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -17,33 +18,81 @@ import torch
 from seal_fast import __version__
 from seal_fast.train import checkpoint, disk, ranks
 from seal_fast.train.errors import UsageError
-from seal_fast.train.options import FREE_ON_RESUME
+from seal_fast.train.resume import CONFIG, LAST, PREVIOUS, checkpoints, find
 
-LAST, PREVIOUS = "last.pt", "previous.pt"
+LOCK = ".lock"
 
 
 class Run:
     """A run's folder: config.json, metrics.csv, TensorBoard events, best.pt, last.pt, previous.pt and plots.
 
+    From `claim` to the end of its context, no other start of a trainer can use it.
+
     Args:
         args: Resolved options.
-        title: What is trained, in a few words; the folder's name unless --run_name gives one.
+        title: What is trained, in a few words; the folder's name, with the time, unless --run_name gives one.
+
+    Attributes:
+        folder: The folder; None for a new one without a name, until it is claimed.
+        resumed: The checkpoint to go on from; None for a new run.
     """
 
     def __init__(self, args: argparse.Namespace, title: str):
-        root = Path(args.log_path)
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        named = root / args.run_name if args.run_name else None
-        self.resumed = _resume_from(args, named, title)
+        self._title, self._log_path = title, Path(args.log_path)
+        self._flag = _flag_of_folder(args)
         self._automatic = args.resume == "auto" or ranks.restarted()
-        if self.resumed is not None:
-            self.folder = self.resumed.parent
-        else:
-            self.folder = named or root / f"{title}-{stamp}-{ranks.started_by()}"
-            if self._automatic:
-                print("There is no run to resume; a new one begins.", flush=True)
-            if _checkpoints(self.folder):
-                raise UsageError(f"--run_name: {self.folder} already holds a run; go on with --resume {self.folder}.")
+        self._lock: disk.Lock | None = None
+        self.folder, self.resumed = find(args, title)
+        if self._automatic and self.resumed is None:
+            print("There is no run to resume; a new one begins.", flush=True)
+        if self.folder is not None:
+            self._require_new()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_lock": None}  # the other ranks get a copy without it
+
+    def claim(self) -> Path:
+        """Make the folder if it is new, lock it, and remove what a process that was killed has left half written.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UsageError: Another process uses it, or it cannot be made.
+        """
+        if self._lock is not None:
+            return self.folder
+        try:
+            if self.folder is None:
+                self.folder = _make(self._log_path, self._title)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = disk.Lock(self.folder / LOCK)
+            if not lock.acquire(wait=False):
+                used = f"{self.folder} is used by {lock.holder()}; a run belongs to one process at a time"
+                raise UsageError(f"{self._flag}: {used}.")
+            self._lock = lock
+            self._require_new()  # nobody has begun a run there meanwhile
+            for path in self.folder.glob("*.partial"):
+                path.unlink(missing_ok=True)
+        except (OSError, ValueError) as error:
+            if isinstance(error, UsageError):
+                raise
+            where = self.folder or self._log_path
+            raise UsageError(f"{self._flag}: the run's folder {where} cannot be used: {_reason(error)}.") from error
+        if not lock.certain:
+            print(f"{self.folder} cannot be locked: let no second process train in it.", flush=True)
+        return self.folder
+
+    def _require_new(self) -> None:
+        if self.resumed is None and checkpoints(self.folder):
+            raise UsageError(f"{self._flag}: {self.folder} already holds a run; go on with --resume {self.folder}.")
 
     def load(self, check: Callable[[dict, Path], None]) -> dict:
         """The checkpoint to go on from: with "auto", the one before it where the last is of no use.
@@ -73,74 +122,68 @@ class Run:
         """Write last.pt; the one before it becomes previous.pt."""
         checkpoint.save_keeping_previous(content, self.folder / LAST, self.folder / PREVIOUS)
 
-    def begin(self, args: argparse.Namespace) -> None:
-        """Make the folder, and write config.json: the resolved options, versions, commit and machine.
+    def begin(self, args: argparse.Namespace) -> Path:
+        """Claim the folder, and write config.json: the resolved options, versions, commit and machine.
+
+        Returns:
+            The folder.
 
         Raises:
-            UsageError: The folder cannot be made.
+            UsageError: The folder cannot be claimed.
         """
+        self.claim()
+        content = {"options": vars(args), "environment": environment(args.device), "started_by": ranks.started_by()}
+        disk.write((json.dumps(content, indent=2) + "\n").encode(), self.folder / CONFIG)
+        return self.folder
+
+
+def check_place(args: argparse.Namespace) -> None:
+    """See whether the folder of a new run can be made, before anything is computed for it.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    folder = Path(args.log_path, args.run_name or "")
+    try:
+        os.stat(folder)
+        existing = folder
+    except FileNotFoundError:
+        existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{_flag_of_folder(args)}: no run can be in {folder}: {_reason(error)}.") from error
+    if not existing.is_dir():
+        raise UsageError(f"{_flag_of_folder(args)}: no run can be in {folder}: {existing} is no folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"{_flag_of_folder(args)}: no run can be in {folder}: {existing} cannot be written to.")
+
+
+def _flag_of_folder(args: argparse.Namespace) -> str:
+    if args.resume not in (None, "auto"):
+        return "--resume"
+    return "--run_name" if args.run_name else "--log_path"
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _make(log_path: Path, title: str) -> Path:
+    """A folder that nobody else has made: processes that start in one second get names of their own."""
+    log_path.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        folder = log_path / (f"{title}-{stamp}" if number == 1 else f"{title}-{stamp}-{number}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--log_path: cannot make the run's folder {self.folder}: {error.strerror}.") from error
-        config = {"options": vars(args), "environment": environment(args.device)}
-        disk.write((json.dumps(config, indent=2) + "\n").encode(), self.folder / "config.json")
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
 
 
 def _checked(path: Path, check: Callable[[dict, Path], None]) -> dict:
     content = checkpoint.load(path)
     check(content, path)
     return content
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return [folder / name for name in (LAST, PREVIOUS) if (folder / name).is_file()]
-
-
-def _resume_from(args: argparse.Namespace, named: Path | None, title: str) -> Path | None:
-    """The checkpoint that --resume names; with "auto" that of the named run, or of the newest with the same options.
-
-    A process that torchrun started again after a failure goes on with the run that it was in.
-    """
-    automatic = args.resume == "auto" or (args.resume is None and ranks.restarted())
-    if args.resume is None and not automatic:
-        return None
-    if automatic:
-        which = f"{title}-*-{ranks.started_by()}" if args.resume is None else f"{title}-*"
-        folders = [named] if named else Path(args.log_path).glob(which)
-        found = [checkpoints[0] for checkpoints in map(_checkpoints, folders) if checkpoints]
-        if not named:
-            found = [path for path in found if _same(_options_of(path.parent), args)]
-        return max(found, key=lambda path: path.stat().st_mtime, default=None)
-    path = Path(args.resume)
-    if ranks.restarted() and path.is_file():
-        path = path.parent  # where it has gone on since
-    if path.is_dir():
-        path = (_checkpoints(path) or [path / LAST])[0]
-    if not path.is_file():
-        raise UsageError(f"--resume: there is no checkpoint at {path}.")
-    return path
-
-
-def _options_of(folder: Path) -> dict:
-    """The options of a run's config.json; none of them where it cannot be read."""
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["options"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _same(saved: dict, args: argparse.Namespace) -> bool:
-    """Whether a run is the one that these options describe, from the weights that it began with."""
-    return not difference(saved, args) and saved.get("init_from") == args.init_from
-
-
-def difference(saved: dict, args: argparse.Namespace) -> str:
-    """The first option in which a saved run computes something else than `args`, in words; empty if there is none."""
-    for name, value in vars(args).items():
-        if name not in FREE_ON_RESUME and saved.get(name) != value:
-            return f"--{name} was {saved.get(name)} and is {value}"
-    return ""
 
 
 def environment(device: str) -> dict:
@@ -151,12 +194,18 @@ def environment(device: str) -> dict:
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "numpy": version("numpy"),
+        **{name: _version(name) for name in ("torchvision", "numpy")},
         "platform": platform.platform(),
         "device": gpu or platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # not every installer leaves a note
+        return None
 
 
 def _commit() -> str | None:

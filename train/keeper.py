@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from signal import SIGINT, SIGTERM
+from signal import Signals as Number
 
 from seal_fast.train import ranks
 from seal_fast.train.errors import StoppedError
 from seal_fast.train.meters import Meters
-from seal_fast.train.stopping import CODES, Signals
+from seal_fast.train.stopping import CODES, Signals, name_of
 
 AGREE_EVERY = 10  # steps between two talks of several ranks about signals and minutes
 
 
 class Keeper:
-    """Saves what `save` saves when it is time.
+    """Calls `save` when a checkpoint is due.
 
     Args:
         save: Called with the steps done and the epoch's meters, on all ranks at the same step.
         signals: What has been received.
+        goes_on: The command that goes on with the run, for whoever stopped it.
         steps: Save at each multiple of it; 0 for never.
         seconds: Save when so many have passed since the last time; 0 for never.
     """
 
-    def __init__(self, save: Callable[[int, Meters], None], signals: Signals, *, steps: int = 0, seconds: float = 0):
-        self._save, self._signals = save, signals
+    def __init__(
+        self,
+        save: Callable[[int, Meters], None],
+        signals: Signals,
+        *,
+        goes_on: str,
+        steps: int = 0,
+        seconds: float = 0,
+    ):
+        self._save, self._signals, self._goes_on = save, signals, goes_on
         self._steps, self._seconds = steps, seconds
         self.saved = time.monotonic()
 
@@ -54,14 +63,13 @@ class Keeper:
         self.saved = time.monotonic()
         self._stop(self._agreed()[0])
 
-    def _agreed(self) -> tuple[int | None, bool]:
+    def _agreed(self) -> tuple[Number | None, bool]:
         """The signal that any rank received, and whether the first rank's clock says to save."""
-        received = self._signals.received
         due = ranks.first() and bool(self._seconds) and time.monotonic() - self.saved >= self._seconds
-        terminated, interrupted, due = ranks.total([received == SIGTERM, received == SIGINT, due])
-        return (SIGTERM if terminated else SIGINT if interrupted else None), bool(due)
+        *received, due = ranks.total([*(self._signals.received == number for number in CODES), due])
+        return next((number for number, count in zip(CODES, received, strict=True) if count), None), bool(due)
 
-    def _stop(self, number: int | None) -> None:
+    def _stop(self, number: Number | None) -> None:
         if number:
-            sentence = f"stopped by {'SIGTERM' if number == SIGTERM else 'Ctrl-C'}; all is saved, and --resume goes on."
+            sentence = f"stopped by {name_of(number)}; all is saved, and {self._goes_on} goes on."
             raise StoppedError(CODES[number], sentence)

@@ -61,10 +61,16 @@ class Log:
         with path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
-    def plot(self, raster: dict, *, at_once: bool) -> None:
-        """Draw the plots, at once or if it has been a while."""
+    def plot(self, raster: dict, best: int, *, at_once: bool) -> None:
+        """Draw the plots, at once or if it has been a while.
+
+        Args:
+            raster: Spikes by layer.
+            best: The epoch whose network is kept.
+            at_once: Whether it does not matter when they were drawn last.
+        """
         if at_once or time.monotonic() - self._drawn > PLOT_EVERY:
-            plots.plot_run(self.folder)
+            plots.plot_run(self.folder, best)
             plots.plot_raster(raster, self.folder / "spike_raster.png")
             self._drawn = time.monotonic()
 

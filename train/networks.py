@@ -104,8 +104,9 @@ class Trained:
         matrices = checkpoint.matrices_of(self._weights)
         if not matrices:
             raise UsageError(f"checkpoint {self.path} holds no weights of a network.")
-        # From the stem's to the classifier's.
-        self.num_classes, self.in_channels = matrices[-1].shape[0], matrices[0].shape[1]
+        # Where the file does not say: from the stem's to the classifier's.
+        self.num_classes = _size(content, "num_classes", matrices[-1].shape[0])
+        self.in_channels = _size(content, "in_channels", matrices[0].shape[1])
 
     def _read_own(self, content: dict, described: dict) -> None:
         options = content["options"]
@@ -160,6 +161,11 @@ class Trained:
         arch = arch_of(vars(args))
         checkpoint.load_into(network, self._weights, self.path, f"a {arch}", **_asked(self.role, arch))
         return network.eval()
+
+
+def _size(content: dict, name: str, otherwise: int) -> int:
+    size = content.get(name)
+    return size if isinstance(size, int) and size > 0 else otherwise
 
 
 def _number(value: object) -> float | None:

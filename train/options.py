@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 
 from seal_fast.backends import BACKENDS
 from seal_fast.models import STUDENTS, TEACHERS
 from seal_fast.train import data
 from seal_fast.train.defaults import table
 from seal_fast.train.errors import UsageError
+from seal_fast.train.resume import options_to_resume
 
 METHODS = ("seal", "ela", "sta", "kd", "tdkd", "ce")
 OPTIMISERS = ("SGDM", "ADAM", "ADAMW")
 SCHEDULERS = ("COSINE", "NONE")
 AMP = ("auto", "off", "bf16", "fp16")
-
-# Options that may differ when a run is resumed: they say where and how fast it runs, not what it computes. A teacher's
-# file may have been moved, and --init_from is not read again.
-FREE_ON_RESUME = frozenset(
-    [
-        "data_path",
-        "log_path",
-        "run_name",
-        "resume",
-        "num_workers",
-        "val_batch_size",
-        "device",
-        "tea_path",
-        "init_from",
-        "step_mode",
-        "backend",
-        "packed_spikes",
-        "cuda_graph",
-        "save_every",
-    ]
-)
+MACHINE = ("device", "num_workers", "cuda_graph")  # what they are by default follows from the machine
 
 
 class _WithoutEffect(argparse.Action):
@@ -48,22 +30,78 @@ class _WithoutEffect(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence."""
+    """A parser whose errors are one sentence, which names what was meant where that is close."""
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:  # noqa: D102
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], flags)}")
+        return found
 
     def error(self, message: str):
         """Raise the one sentence; argparse would print the usage of forty options above it."""
         raise UsageError(message)
 
+    def _check_value(self, action: argparse.Action, value) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += _meant(str(value), [str(choice) for choice in action.choices])
+            raise
+
+
+def _meant(word: str, known: list[str]) -> str:
+    """A hint at the known word that is closest; empty where none is close."""
+    by_lower_case = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.partition("=")[0].lower(), by_lower_case, n=1)
+    return f"; did you mean {by_lower_case[close[0]]}?" if close else ""
+
+
+class TrainerParser(Parser):
+    """A trainer's parser: the run that --resume names has the values of what the command leaves out.
+
+    Args:
+        program: Name of the command.
+        role: "teacher" or "student".
+    """
+
+    def __init__(self, program: str, role: str, description: str):
+        super().__init__(
+            program,
+            description=description,
+            epilog=table(role),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.role = role
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:  # noqa: D102
+        looked = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        looked.add_argument("--resume")
+        try:
+            named = looked.parse_known_args(args)[0].resume
+        except argparse.ArgumentError:  # without a value: the whole parser says so
+            named = None
+        if named not in (None, "auto"):
+            self.set_defaults(**self._resumed(named))
+        return super().parse_args(args, namespace)
+
+    def _resumed(self, named: str) -> dict:
+        saved = options_to_resume(named)
+        role = "student" if "stu_arch" in saved else "teacher"
+        if role != self.role:
+            program = {"student": "seal-fast-distill", "teacher": "seal-fast-teacher"}[role]
+            raise UsageError(f"--resume: {named} is the run of a {role}; {program} goes on with it.")
+        # What was not asked for then follows from the machine, which may be another now.
+        saved = {**saved, **dict.fromkeys(MACHINE), **saved.get("asked", {})}
+        known = {action.dest for action in self._actions} - {"resume", "help"}
+        return {name: value for name, value in saved.items() if name in known}
+
 
 def teacher_parser() -> argparse.ArgumentParser:
     """Options of `train/teacher.py`."""
-    parser = Parser(
-        "seal-fast-teacher",
-        description="Train an ANN teacher.",
-        epilog=table("teacher"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = TrainerParser("seal-fast-teacher", "teacher", "Train an ANN teacher.")
     _add_shared(parser)
     parser.add_argument("--arch", choices=TEACHERS, help="teacher network (default: per dataset)")
     parser.add_argument(
@@ -77,13 +115,7 @@ def teacher_parser() -> argparse.ArgumentParser:
 
 def distill_parser() -> argparse.ArgumentParser:
     """Options of `train/distill.py`."""
-    parser = Parser(
-        "seal-fast-distill",
-        description="Distil a spiking student.",
-        epilog=table("student"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = TrainerParser("seal-fast-distill", "student", "Distil a spiking student.")
     _add_shared(parser)
     student = parser.add_argument_group("student")
     student.add_argument("--stu_arch", choices=STUDENTS, help="student network (default: per dataset)")
@@ -145,14 +177,16 @@ def _without_effect(parser: argparse.ArgumentParser):
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=60, help="of all random numbers (default: %(default)s)")
-    parser.add_argument("--dataset", required=True, help=", ".join(data.DATASETS))
+    parser.add_argument("--dataset", help=", ".join(data.DATASETS))
     parser.add_argument("--data_path", help="folder of the dataset; DIGITS needs none")
     parser.add_argument(
         "--log_path", default="runs", help="folder that gets the run's own folder (default: %(default)s)"
     )
     parser.add_argument("--run_name", help="name of the run's folder (default: what is trained, and the time)")
     parser.add_argument(
-        "--resume", help="run folder or checkpoint to go on from, or 'auto' for the newest run of this kind"
+        "--resume",
+        help="run folder or checkpoint to go on from, which needs no other option; or 'auto' for the newest run with "
+        "these options",
     )
     parser.add_argument(
         "--init_from",
@@ -189,7 +223,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     optimisation.add_argument("--val_batch_size", type=int, help="(default: per dataset)")
     optimisation.add_argument("--lr", type=float, help="learning rate (default: per dataset)")
     optimisation.add_argument("--wd", type=float, help="weight decay (default: per dataset)")
-    optimisation.add_argument("--num_epoch", type=int, help="(default: per dataset)")
+    optimisation.add_argument("--num_epoch", type=int, help="may grow when a run is resumed (default: per dataset)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--num_workers", type=int, help="processes that load data (default: up to 8; DIGITS 0)")
     machine.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")

@@ -8,13 +8,18 @@ from pathlib import Path
 import torch
 
 
-def plot_run(folder: Path) -> None:
-    """Draw curves.png and, for a student, accuracy_at_t.png from the run's metrics.csv."""
+def plot_run(folder: Path, best: int) -> None:
+    """Draw curves.png and, for a student, accuracy_at_t.png from the run's metrics.csv.
+
+    Args:
+        folder: The run's.
+        best: The epoch whose network is kept: of equal ones the trainer knows which.
+    """
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
     if rows:
         _curves(rows, folder / "curves.png")
-        _accuracy_at(rows, folder / "accuracy_at_t.png")
+        _accuracy_at(rows, best, folder / "accuracy_at_t.png")
 
 
 def plot_raster(raster: dict[str, torch.Tensor], path: Path, layers: int = 4) -> None:
@@ -56,14 +61,15 @@ def _curves(rows: list[dict], path: Path) -> None:
     _save(figure, path)
 
 
-def _accuracy_at(rows: list[dict], path: Path) -> None:
+def _accuracy_at(rows: list[dict], best: int, path: Path) -> None:
     names = [name for name in rows[-1] if name.startswith("val_accuracy_t")]
     if not names:
         return
-    best = max(rows, key=lambda row: row["val_accuracy"])
+    drawn = [(rows[-1], "last epoch")]
+    drawn += [(row, f"best epoch ({best})") for row in rows if row["epoch"] == best]
     steps = range(1, len(names) + 1)
     figure, (axis,) = _figure(1, 1)
-    for row, label in ((rows[-1], "last epoch"), (best, f"best epoch ({best['epoch']:.0f})")):
+    for row, label in drawn:
         axis.plot(steps, [100 * row[name] for name in names], marker="o", label=label)
     axis.set(title="accuracy of the mean over the first t steps", xlabel="t", ylabel="%", xticks=steps)
     axis.legend()

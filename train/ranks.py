@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import platform
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -31,9 +33,55 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def started_by() -> int:
-    """The process that started the run: torchrun's, which stays the same over restarts, or this one."""
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+def check_environment() -> None:
+    """See whether the variables of torchrun are all there, or none of them.
+
+    Raises:
+        UsageError: One is missing, or is no number in its range.
+    """
+    if "WORLD_SIZE" not in os.environ or _number("WORLD_SIZE", least=1) == 1:
+        return
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UsageError(
+                f"WORLD_SIZE is {size()}, but {name} is not set: start several processes with torchrun, or unset "
+                "WORLD_SIZE for one."
+            )
+    of = {"RANK": size(), "LOCAL_WORLD_SIZE": size() + 1, "MASTER_PORT": 2**16}
+    of["LOCAL_RANK"] = _number("LOCAL_WORLD_SIZE", least=1, below=of["LOCAL_WORLD_SIZE"])
+    for name, below in of.items():
+        _number(name, below=below)
+
+
+def _number(name: str, *, least: int = 0, below: int | None = None) -> int:
+    text = os.environ[name]
+    value = int(text) if text.isdecimal() else -1
+    if value < least or (below is not None and value >= below):
+        within = f"at least {least}" if below is None else f"from {least} to {below - 1}"
+        raise UsageError(f"{name} must be a whole number {within}; got {text!r}: torchrun sets it.")
+    return value
+
+
+def started_by() -> str:
+    """Who started the run, torchrun's process or this one, in a word that no other start has.
+
+    It stays the same when torchrun starts its processes again. On several machines that is known by torchrun's
+    --rdzv-id; on one by its process, as containers that share a folder may have equal names and numbers of processes.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return _process(os.getpid())
+    run, here = os.environ["TORCHELASTIC_RUN_ID"], os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return f"torchrun {run}" if run != "none" and not here else f"torchrun {run}, {_process(os.getppid())}"
+
+
+def _process(number: int) -> str:
+    """A process by its machine and number, and on Linux by the time of its start, in ticks since that of the system."""
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
+        ticks = fields.rpartition(")")[2].split()[19]  # the program's name in brackets may hold anything
+    except (OSError, IndexError):
+        ticks = "unknown"
+    return f"process {number} on {platform.node()}, tick {ticks}"
 
 
 def restarted() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import shlex
 from collections import Counter
 
 import torch
@@ -14,11 +15,11 @@ from seal_fast import reuse_freed_memory
 from seal_fast.ops import spike_conv
 from seal_fast.train import checkpoint, data, ranks
 from seal_fast.train.batches import Batches, Seeded
-from seal_fast.train.checks import kernels_of, memory_format, resolve, saving, smallest_part
+from seal_fast.train.checks import kernels_of, memory_format, require_packages, resolve, saving, smallest_part
 from seal_fast.train.engine import SKIPS, evaluate, train_epoch
 from seal_fast.train.errors import NonFiniteError, TrainingError, UsageError
 from seal_fast.train.feed import Feed
-from seal_fast.train.folder import Run
+from seal_fast.train.folder import Run, check_place
 from seal_fast.train.keeper import Keeper
 from seal_fast.train.log import Log, line_of, row_of
 from seal_fast.train.meters import Meters
@@ -27,6 +28,7 @@ from seal_fast.train.state import State, require_finite
 from seal_fast.train.step import GraphedStep, Step
 from seal_fast.train.stopping import Signals, leave_to_trainer
 from seal_fast.train.tasks import parameter_groups
+from seal_fast.train.threads import Watch, too_many_threads
 
 
 def splits_of(args: argparse.Namespace, role: str) -> data.Splits:
@@ -82,8 +84,21 @@ def _loading(args: argparse.Namespace, signals: Signals | None) -> dict:
     }
 
 
-def prepare(args: argparse.Namespace, role: str) -> argparse.Namespace:
-    """Resolve the options, meet the other ranks, seed every random generator, and let memory be reused."""
+def prepare(args: argparse.Namespace, role: str, *, trains: bool = True) -> argparse.Namespace:
+    """Check what the run needs, resolve its options, meet the other ranks, seed, and let memory be reused.
+
+    Args:
+        args: Parsed options.
+        role: "teacher" or "student".
+        trains: Whether it leaves a run's folder.
+
+    Raises:
+        UsageError: Something is missing or wrong.
+    """
+    ranks.check_environment()
+    require_packages(args.dataset, logs=trains)
+    if trains and args.resume in (None, "auto") and ranks.first():
+        check_place(args)
     args = resolve(args, role=role)
     ranks.start(torch.device(args.device))
     reuse_freed_memory()
@@ -113,6 +128,11 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
     Returns:
         Of the best epoch: accuracy, accuracy_at, firing_rate; and folder.
     """
+    with run:
+        return _train(args, task, splits, run, spiking=spiking)
+
+
+def _train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spiking: bool) -> dict:
     device = torch.device(args.device)
     layout = memory_format(args)
     task.network.to(device, memory_format=layout)
@@ -129,11 +149,11 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = State(task.network, optimizer, scheduler, scaler)
     if run.resumed:
+        ranks.from_first(run.claim)
         content = ranks.from_first(run.load, functools.partial(state.check, args=args))
         state.load(content)
         _keep_start(args, content["options"].get("init_from"), run)
-        if state.epoch >= args.num_epoch:
-            raise UsageError(f"--resume: the run in {run.folder} has already finished its {args.num_epoch} epochs.")
+        _go_on(args, content["options"]["num_epoch"], state, run)
     packed = getattr(args, "packed_spikes", False)
     kind = functools.partial(GraphedStep, batch_size=args.train_batch_size) if args.cuda_graph else Step
     step = kind(task, optimizer, scaler, device=device, amp=args.amp, packed=packed)
@@ -144,15 +164,18 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
         content = state.content(args, batches, meters)
         ranks.from_first(run.save, content)
 
-    ranks.from_first(run.begin, args)
+    run.folder = ranks.from_first(run.begin, args)
     calls_before = Counter(spike_conv.calls)
     steps, seconds = saving(args.save_every)
     with contextlib.ExitStack() as open_until_the_end:
         open_until_the_end.enter_context(signals)
         # Signals are handled by now: one may come in answer to this.
         _announce(args, splits, run, state, batches)
-        keeper = Keeper(save, signals, steps=steps, seconds=seconds)
+        program = "seal-fast-distill" if spiking else "seal-fast-teacher"
+        goes_on = f"{program} --resume {shlex.quote(str(run.folder))}"
+        keeper = Keeper(save, signals, goes_on=goes_on, steps=steps, seconds=seconds)
         log = open_until_the_end.enter_context(Log(run.folder, state.epoch + 1))
+        watch = open_until_the_end.enter_context(Watch())
         while state.epoch < args.num_epoch:
             epoch = state.begin(batches, args.seed)
             meters = Meters(device, patience=SKIPS if scaler.is_enabled() else 0)
@@ -161,9 +184,8 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
             learning_rate = float(scheduler.get_last_lr()[0])
             title, left = f"epoch {epoch}/{args.num_epoch}", args.num_epoch - epoch
             try:
-                trained = train_epoch(
-                    step, train_feed, batches, title=title, epochs_left=left, meters=meters, keeper=keeper
-                )
+                keeping = {"meters": meters, "keeper": keeper, "watch": watch}
+                trained = train_epoch(step, train_feed, batches, title=title, epochs_left=left, **keeping)
                 require_finite(task.network, batches.steps)
             except NonFiniteError as error:
                 ranks.from_first(_keep_batch, error, run, train_loader, epoch)
@@ -177,10 +199,11 @@ def train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spik
             if state.best is None or result["accuracy"] > state.best["accuracy"]:
                 measured = {name: result[name] for name in ("accuracy", "accuracy_at", "firing_rate")}
                 state.best = {"epoch": epoch, **measured}
-                content = {"best_net": task.network.state_dict(), "options": vars(args), **state.best}
+                sizes = {"num_classes": splits.num_classes, "in_channels": splits.in_channels}
+                content = {"best_net": task.network.state_dict(), "options": vars(args), **sizes, **state.best}
                 ranks.from_first(checkpoint.save, content, run.folder / checkpoint.BEST)
             save(0, None)
-            ranks.from_first(log.plot, result["raster"], at_once=epoch == args.num_epoch)
+            ranks.from_first(log.plot, result["raster"], state.best["epoch"], at_once=epoch == args.num_epoch)
             keeper.after_epoch()
     best = state.best
     ranks.say(f"best accuracy {best['accuracy']:.2%} (epoch {best['epoch']}); everything is in {run.folder}")
@@ -198,6 +221,23 @@ def _skipped(calls: Counter) -> str:
         f"convolutions of spikes, and their weights' gradients: {by_kernel['cpu']} calls skipped what did not fire, "
         f"{by_kernel['torch']} were dense"
     )
+
+
+def _go_on(args: argparse.Namespace, epochs: int, state: State, run: Run) -> None:
+    """Let a resumed run have more epochs than the `epochs` that it was to have.
+
+    Raises:
+        UsageError: It has had all of them.
+    """
+    if args.num_epoch > epochs:
+        rate = state.lengthen(args.num_epoch)
+        rates = f"from epoch {state.epoch + 1} on with its learning rates ({rate:.4g} at first)"
+        ranks.say(f"--num_epoch grows from {epochs}: the run becomes one of {args.num_epoch} epochs, {rates}.")
+    if state.epoch >= args.num_epoch:
+        raise UsageError(
+            f"--resume: the run in {run.folder} has already finished its {args.num_epoch} epochs; a larger --num_epoch "
+            "goes on with it."
+        )
 
 
 def _keep_start(args: argparse.Namespace, began_from: str | None, run: Run) -> None:
@@ -226,6 +266,9 @@ def _keep_batch(error: NonFiniteError, run: Run, loader: DataLoader, epoch: int)
 
 
 def _announce(args: argparse.Namespace, splits: data.Splits, run: Run, state: State, batches: Batches) -> None:
+    for note in (*splits.notes, too_many_threads()):
+        if note:
+            ranks.say(note)
     by_operator = kernels_of(args) if hasattr(args, "backend") else {}
     kernels = ", ".join(f"{operator} on {name}" for operator, name in by_operator.items()) or "none"
     left_out = batches.samples - batches.steps * batches.batch_size

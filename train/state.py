@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -10,8 +11,8 @@ import torch
 from seal_fast.train import checkpoint, ranks
 from seal_fast.train.batches import Batches
 from seal_fast.train.errors import NonFiniteError, UsageError
-from seal_fast.train.folder import difference
 from seal_fast.train.meters import Meters
+from seal_fast.train.resume import difference
 
 _PARTS = ("net", "optimizer", "scheduler", "scaler")
 _CONTENT = (*_PARTS, "epoch", "step", "best", "meters", "order", "random", "options")
@@ -78,6 +79,21 @@ class State:
             getattr(self, name).load_state_dict(content[name])
         self.epoch, self.step, self.best = content["epoch"], content["step"], content["best"]
         self.meters, self._order, self._random = content["meters"], content["order"], content["random"]
+
+    def lengthen(self, epochs: int) -> float:
+        """Let the epochs that come have the learning rates that a run of `epochs` epochs has for them.
+
+        Returns:
+            The next epoch's.
+        """
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.CosineAnnealingLR):
+            done = self.scheduler.last_epoch
+            share = (1 + math.cos(math.pi * done / epochs)) / 2
+            self.scheduler.T_max = epochs
+            self.scheduler._last_lr = [base * share for base in self.scheduler.base_lrs]
+            for group, rate in zip(self.optimizer.param_groups, self.scheduler._last_lr, strict=True):
+                group["lr"] = rate
+        return float(self.scheduler.get_last_lr()[0])
 
     def begin(self, batches: Batches, seed: int) -> int:
         """Set the samples and the random numbers of the epoch at hand, after the steps of it that are done.

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import tqdm
 
 from golden import CASES, filled_student, filled_teacher
 from seal_fast.models.snn import Neuron
@@ -30,11 +31,11 @@ def epoch_of(task, batches, optimizer=None, amp="off"):
 def test_progress_bar_tells_times_speed_loss_accuracy_and_what_remains(monkeypatch):
     shown = []
 
-    class Bar(engine.tqdm):
+    class Bar(tqdm.tqdm):
         def set_postfix_str(self, text="", refresh=True):
             shown.append(text)
 
-    monkeypatch.setattr(engine, "tqdm", Bar)
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
     batches = [(torch.rand(2, 1, 2, 2), torch.tensor([0, 2]))] * 12
