@@ -113,9 +113,9 @@ def weights_of(content: dict) -> object:
     state = next((value for value in found if _is_state_dict(value)), found[0] if found else content)
     if not _is_state_dict(state):
         return state
-    state = {name: value for name, value in state.items() if name != "n_averaged"}  # AveragedModel's count
     while True:
         before = list(state)
+        state = {name: value for name, value in state.items() if name != "n_averaged"}  # AveragedModel's count
         for inner in _INNER:
             state = {name.replace(inner, ""): value for name, value in state.items()}
         if state and all(name.startswith("module.") for name in state):

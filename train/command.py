@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import sys
@@ -73,9 +74,13 @@ def _explained(error: BaseException, left: str) -> tuple[str, int, bool]:
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {left}.", CODES[signal.SIGINT], ranks.first()
     if isinstance(error, OSError | RuntimeError) and any(word in text for word in _OF_A_LOADER):
-        return f"{_of_loader(text)}; {left}.", 1, True
+        cause = _cause(text)
+        how = "died" if "exited" in cause or "killed" in cause else "failed"
+        return f"a process that loads data {how} ({cause}){_remedy(text)}; {left}.", 1, True
     if isinstance(error, OSError):
-        return f"{_first_line(error.strerror or text)}{_of_file(error)}; {left}.", 1, True
+        # Of a file there is a name; what has none, as a semaphore, is in shared memory.
+        where = f": {error.filename}" if error.filename else _remedy(text)
+        return f"{_first_line(error.strerror or text)}{where}; {left}.", 1, True
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text.lower()):
         return f"rank {ranks.rank()} lost the others ({_first_line(text)}); {left}.", 1, True
     return "", 1, True
@@ -85,20 +90,18 @@ def _explained(error: BaseException, left: str) -> tuple[str, int, bool]:
 _OF_A_LOADER = ("DataLoader worker", "</torch_", "shared memory", "ancdata")
 
 
-def _of_loader(text: str) -> str:
-    """Why a process that loads data failed, and what helps."""
-    cause = _cause(text)
-    told = f"a process that loads data {'died' if 'exited' in cause or 'killed' in cause else 'failed'} ({cause})"
+def _remedy(text: str) -> str:
+    """What helps where processes cannot hand over data; empty for other errors."""
     if "ancdata" in text or "Too many open files" in text:
-        return f"{told}; this process may open too few files: raise the limit (ulimit -n), or pass --num_workers 0"
-    if "</torch_" in text or "shared memory" in text or "Bus error" in text:
-        try:
-            size = f" of {shutil.disk_usage('/dev/shm').total / 1e6:.0f} MB"
-        except OSError:
-            size = ""
-        remedy = "enlarge it (docker run --shm-size 8g), or pass --num_workers 0"
-        return f"{told}; /dev/shm{size}, through which such processes hand batches over, may be full: {remedy}"
-    return told
+        return "; this process may open too few files: raise the limit (ulimit -n), or pass --num_workers 0"
+    if not any(word in text for word in ("</torch_", "shared memory", "Bus error", "No space left on device")):
+        return ""
+    try:
+        size = f" of {shutil.disk_usage('/dev/shm').total / 2**20:.3g} MiB"
+    except OSError:
+        size = ""
+    remedy = "enlarge it (docker run --shm-size 8g), or pass --num_workers 0"
+    return f"; /dev/shm{size}, through which processes hand data over, may be full: {remedy}"
 
 
 def _cause(text: str) -> str:
@@ -107,12 +110,9 @@ def _cause(text: str) -> str:
     if not text.startswith("Caught "):
         return _first_line(text)
     indented = [number for number, line in enumerate(lines) if line.startswith("  ")]
-    return _first_line("\n".join(lines[indented[-1] + 1 :]) if indented else text)
+    told = _first_line("\n".join(lines[indented[-1] + 1 :]) if indented else text)
+    return re.sub(r"^[\w.]+: ", "", told)  # the kind of the error
 
 
 def _first_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[0].rstrip(".")
-
-
-def _of_file(error: OSError) -> str:
-    return f": {error.filename}" if error.filename else ""

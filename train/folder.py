@@ -81,11 +81,9 @@ class Run:
             self._require_new()  # nobody has begun a run there meanwhile
             for path in self.folder.glob("*.partial"):
                 path.unlink(missing_ok=True)
-        except (OSError, ValueError) as error:
-            if isinstance(error, UsageError):
-                raise
+        except OSError as error:
             where = self.folder or self._log_path
-            raise UsageError(f"{self._flag}: the run's folder {where} cannot be used: {_reason(error)}.") from error
+            raise UsageError(f"{self._flag}: the run's folder {where} cannot be used: {error.strerror}.") from error
         if not lock.certain:
             print(f"{self.folder} cannot be locked: let no second process train in it.", flush=True)
         return self.folder
@@ -149,8 +147,8 @@ def check_place(args: argparse.Namespace) -> None:
         existing = folder
     except FileNotFoundError:
         existing = next(parent for parent in folder.absolute().parents if parent.exists())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{_flag_of_folder(args)}: no run can be in {folder}: {_reason(error)}.") from error
+    except OSError as error:
+        raise UsageError(f"{_flag_of_folder(args)}: no run can be in {folder}: {error.strerror}.") from error
     if not existing.is_dir():
         raise UsageError(f"{_flag_of_folder(args)}: no run can be in {folder}: {existing} is no folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -161,10 +159,6 @@ def _flag_of_folder(args: argparse.Namespace) -> str:
     if args.resume not in (None, "auto"):
         return "--resume"
     return "--run_name" if args.run_name else "--log_path"
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _make(log_path: Path, title: str) -> Path:

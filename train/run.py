@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import shlex
+import warnings
 from collections import Counter
 
 import torch
@@ -191,7 +192,10 @@ def _train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spi
                 ranks.from_first(_keep_batch, error, run, train_loader, epoch)
             at_end = functools.partial(keeper.between, batches.steps, meters)
             result = evaluate(task, val_feed, device=device, amp=args.amp, pause=at_end)
-            scheduler.step()
+            with warnings.catch_warnings():
+                # Where the last step was before a resume, torch warns that none came before the scheduler's.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                scheduler.step()
             state.epoch, state.meters = epoch, None
             ranks.from_first(log.epoch, row_of(epoch, learning_rate, trained, result))
             ranks.say(line_of(epoch, args.num_epoch, trained, result))
@@ -279,5 +283,5 @@ def _announce(args: argparse.Namespace, splits: data.Splits, run: Run, state: St
         f"{f'{ranks.size()} ranks; ' if ranks.size() > 1 else ''}"
         f"{f'the last {left_out} of each epoch are too few for a batch; ' if left_out > 0 else ''}"
         f"epochs {state.epoch + 1} to {args.num_epoch}"
-        f"{f', after {state.step} steps' if state.step else ''}; run folder {run.folder}"
+        f"{f', after step {state.step}' if state.step else ''}; run folder {run.folder}"
     )

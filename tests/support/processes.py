@@ -71,6 +71,11 @@ class Trainer:
         return self.output.read_text().splitlines()
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that still run."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def rank(number: int, of: int, port: int) -> dict[str, str]:
     """The variables that torchrun sets for a rank on one machine."""
     own = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": of, "LOCAL_WORLD_SIZE": of, "MASTER_PORT": port}

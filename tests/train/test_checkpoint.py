@@ -1,7 +1,9 @@
+import argparse
 import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,19 +11,105 @@ from seal_fast.train import checkpoint
 from seal_fast.train.checkpoint import load_teacher
 from seal_fast.train.errors import UsageError
 
+FORMS = {
+    "bare": lambda state: state,
+    **{key: lambda state, key=key: {key: state, "epoch": 3} for key in checkpoint._KEYS},
+    **{
+        prefix: lambda state, prefix=prefix: {"best_net": {f"{prefix}{name}": value for name, value in state.items()}}
+        for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module.")
+    },
+    "a compiled layer": lambda state: {
+        name.replace("layer1.", "layer1._orig_mod."): value for name, value in state.items()
+    },
+    "averaged": lambda state: {"n_averaged": torch.tensor(3), **{f"module.{name}": state[name] for name in state}},
+    "a model beside": lambda state: {"net": 3, "model": state},
+}
 
-@pytest.mark.parametrize("form", ["best_net", "bare", "DataParallel"])
-def test_teacher_of_each_published_form_comes_ready_to_teach(form, save_teacher, tmp_path):
+
+@pytest.mark.parametrize("form", FORMS)
+def test_teacher_of_each_form_in_use_comes_ready_to_teach(form, save_teacher, tmp_path):
     path: Path = save_teacher("resnet18", in_channels=2)
     state = torch.load(path, weights_only=True)["best_net"]
-    if form == "bare":
-        torch.save(state, path)
-    elif form == "DataParallel":
-        torch.save({"best_net": {f"module.{name}": value for name, value in state.items()}}, path)
+    torch.save(FORMS[form](state), path)
     network = load_teacher(path, "resnet18", num_classes=10, in_channels=2, stem=None)
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_network_of_compiled_and_parallel_modules_is_found(tmp_path):
+    """The names that torch itself gives, not those that this test expects."""
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    wrapped = torch.compile(torch.nn.DataParallel(torch.optim.swa_utils.AveragedModel(network)))
+    assert list(wrapped.state_dict()) != list(network.state_dict())
+    assert list(checkpoint.weights_of({"model": wrapped.state_dict()})) == list(network.state_dict())
+
+
+def test_a_network_with_a_module_of_that_name_keeps_it():
+    state = {"module.weight": torch.zeros(1), "weight": torch.zeros(1)}
+    assert list(checkpoint.weights_of({"net": state})) == list(state)
+
+
+def test_numbers_options_and_paths_beside_the_weights_are_read_without_running_anything(tmp_path):
+    values = {
+        "float64": np.float64(0.5),
+        "float32": np.float32(0.25),
+        "float16": np.float16(-2.5),
+        "int64": np.int64(-7),
+        "uint8": np.uint8(250),
+        "bool": np.bool_(True),
+        "big-endian": np.array(3.5, ">f4")[()],
+    }
+    args = argparse.Namespace(lr=0.1, steps=[1, 2], where=Path("/a/b"))
+    content = {"model": {"weight": torch.ones(2)}, "args": args, "random": np.random.get_state(), **values}
+    torch.save(content, tmp_path / "a.pt")
+    found = checkpoint.load(tmp_path / "a.pt")
+    assert {name: found[name] for name in values} == {name: value.item() for name, value in values.items()}
+    assert all(type(found[name]) in (bool, int, float) for name in values)
+    assert vars(found["args"]) == {"lr": 0.1, "steps": [1, 2], "where": "/a/b"}
+    assert torch.equal(checkpoint.weights_of(found)["weight"], torch.ones(2))
+
+
+class Payload:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("where", ["in options", "in an array", "as a data type", "as a number"])
+def test_what_could_run_code_is_refused_wherever_it_is(where, tmp_path):
+    payload = Payload(tmp_path / "mark")
+    content = {
+        "in options": argparse.Namespace(lr=payload),
+        "in an array": np.array([payload], dtype=object),
+        "as a data type": np.dtype([("a", "i4")], metadata={"b": payload}),
+        "as a number": payload,
+    }[where]
+    torch.save({"net": {}, "args": content}, tmp_path / "a.pt")
+    with pytest.raises(UsageError, match=r"is refused: it holds [a-z._]+, which could run code"):
+        checkpoint.load(tmp_path / "a.pt")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_whole_module_is_refused_with_the_way_to_save_its_weights(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    torch.save(network, tmp_path / "old.pt")
+    with pytest.raises(UsageError) as caught:
+        checkpoint.load(tmp_path / "old.pt")
+    how = "torch.save(torch.load(OLD, weights_only=False).state_dict(), NEW)"
+    assert str(caught.value).endswith(f"torch.nn.modules.linear.Linear, which could run code when it is read; if you "
+                                      f"trust it, save its weights alone, as {how}.")  # fmt: skip
+    old, new = f"'{tmp_path}/old.pt'", f"'{tmp_path}/new.pt'"
+    exec(how.replace("OLD", old).replace("NEW", new), {"torch": torch})
+    assert list(checkpoint.weights_of(checkpoint.load(tmp_path / "new.pt"))) == ["weight", "bias"]
+
+
+def test_a_checkpoint_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "a.pt").mkdir()
+    with pytest.raises(UsageError, match=r"checkpoint .*a\.pt cannot be read: Is a directory\."):
+        checkpoint.load(tmp_path / "a.pt")
 
 
 def test_load_names_a_missing_checkpoint(tmp_path):

@@ -116,6 +116,17 @@ def test_every_architecture_is_loaded(arch, tmp_path):
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
+def test_the_file_says_how_many_classes_and_channels_there_are(runs, tmp_path):
+    """The first and the last matrix of a network need not be its stem's and its readout's."""
+    content = torch.load(runs["student"]["folder"] / "best.pt", weights_only=True)
+    assert (content["num_classes"], content["in_channels"]) == (10, 1)
+    content["best_net"] = dict(reversed(content["best_net"].items()))
+    torch.save(content, tmp_path / "best.pt")
+    trained = Trained(tmp_path)
+    assert (trained.num_classes, trained.in_channels) == (10, 1)
+    assert seal_fast.train.load(tmp_path)(torch.zeros(2, 1, 8, 8)).shape == (2, 2, 10)
+
+
 def sentence(capsys, *words):
     """The one line of an evaluation that is refused."""
     assert evaluate.main([str(word) for word in words]) == 2

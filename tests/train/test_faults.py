@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import makers
-from processes import Trainer
+from processes import Trainer, children
 from seal_fast.train import data
 from seal_fast.train.feed import Feed
 from seal_fast.train.folder import LAST, PREVIOUS
@@ -103,10 +103,6 @@ def test_data_that_is_lost_during_a_run(fault, tmp_path):
     assert str(named) in sentence
     assert "cannot be read as an image" in sentence
     assert_whole(tmp_path / "run")
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_death_of_a_worker(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from processes import children
 from seal_fast.train.feed import Feed
 from seal_fast.train.stopping import Signals, leave_to_trainer
 
@@ -95,9 +96,8 @@ def test_a_signal_while_processes_are_starting_does_not_end_them():
         leave_to_trainer(signals.training)
 
     def terminate():
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            for child in file.read().split():
-                os.kill(int(child), signal.SIGTERM)
+        for child in children(os.getpid()):
+            os.kill(child, signal.SIGTERM)
 
     dataset = TensorDataset(torch.arange(8.0), torch.arange(8))
     loader = DataLoader(dataset, 2, num_workers=1, worker_init_fn=start_slowly)

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from processes import Trainer
+from processes import Trainer, children
 
 TIMING = ("seconds", "images_per_second", "data_wait")
 FEW = 300  # digits: 240 to train on, in eight steps
@@ -115,11 +115,6 @@ def test_neither_worker_processes_nor_a_resume_inside_an_epoch_change_a_run(opti
     assert saved["step"] > 0
     assert run(options, tmp_path, "terminated", digits=FEW).code() == 0
     assert_equal(tmp_path / "terminated", whole[0])
-
-
-def children(pid: int) -> list[int]:
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(word) for word in file.read().split()]
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(options, tmp_path):

@@ -156,10 +156,58 @@ def test_one_gpu_is_no_device_for_several_ranks(monkeypatch):
         ranks.own_device("cuda")
 
 
+TORCHRUN = processes.rank(0, 2, 29500)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"RANK": None}, "WORLD_SIZE is 2, but RANK is not set: start several processes with torchrun, or unset"),
+        ({"LOCAL_RANK": None}, "WORLD_SIZE is 2, but LOCAL_RANK is not set"),
+        ({"LOCAL_WORLD_SIZE": ""}, "WORLD_SIZE is 2, but LOCAL_WORLD_SIZE is not set"),
+        ({"MASTER_ADDR": None}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+        ({"MASTER_PORT": None}, "WORLD_SIZE is 2, but MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number at least 1; got 'two': torchrun sets it"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number at least 1; got '0'"),
+        ({"RANK": "2"}, "RANK must be a whole number from 0 to 1; got '2'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK must be a whole number from 0 to 1; got '-1'"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT must be a whole number from 0 to 65535; got 'http'"),
+    ],
+    ids=str,
+)
+def test_variables_that_torchrun_would_set_are_checked(changes, expected, monkeypatch):
+    for name, value in {**TORCHRUN, **changes}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=expected):
+        ranks.check_environment()
+
+
+def test_a_variable_that_is_missing_ends_a_trainer_before_anything_starts(tmp_path):
+    trainer = processes.Trainer(
+        f"{options(tmp_path / 'logs', 'run')}", tmp_path / "output.txt", environment={"WORLD_SIZE": "2"}
+    )
+    assert trainer.code() == 2
+    (line,) = trainer.lines()
+    assert line.startswith("seal-fast-distill: error: WORLD_SIZE is 2, but RANK is not set: ")
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("size", [None, "1"])
+def test_one_process_needs_no_variables(size, monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    if size:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    ranks.check_environment()
+
+
 def second_rank(torchrun: int) -> int:
     """The process of torchrun's second rank."""
-    for child in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+    for child in processes.children(torchrun):
         variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         if b"RANK=1" in variables:
-            return int(child)
+            return child
     raise AssertionError("torchrun has started no second rank")

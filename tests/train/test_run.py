@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import subprocess
 from argparse import Namespace
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_resumed_run_ends_as_an_uninterrupted_one(finished, labels_only, tmp_pat
         raise PowerCutError
 
     with monkeypatch.context() as patch:
-        patch.setattr(plots, "plot_run", lambda folder: None)
+        patch.setattr(plots, "plot_run", lambda folder, best: None)
         save = folder.Run.save
 
         def save_and_cut(self, content):
@@ -282,3 +283,25 @@ def test_the_first_of_equal_epochs_is_the_best(labels_only, tmp_path):
     highest = [epoch for epoch, accuracy in enumerate(accuracies, start=1) if accuracy == max(accuracies)]
     assert len(highest) > 1
     assert torch.load(tmp_path / "still" / "best.pt", weights_only=True)["epoch"] == highest[0]
+
+
+def test_the_plot_names_the_epoch_that_is_kept(finished, tmp_path, monkeypatch):
+    """Of equal ones the trainer knows which; what the CSV rounds to be equal is not compared again."""
+    shutil.copy(finished / "metrics.csv", tmp_path)
+    labels = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: labels.extend(axis_labels(figure)))
+    plots.plot_run(tmp_path, 2)
+    assert "best epoch (2)" in labels
+    assert "last epoch" in labels
+
+
+def axis_labels(figure) -> list[str]:
+    return [line.get_label() for axis in figure.axes for line in axis.lines]
+
+
+def test_the_plot_is_told_the_best_epoch(labels_only, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(plots, "plot_run", lambda folder, best: told.append(best))
+    words = f"{labels_only} --log_path {tmp_path} --run_name still --num_epoch 2 --lr 1e-30"
+    assert distill.main(words.split()) == 0
+    assert told == [torch.load(tmp_path / "still" / "best.pt", weights_only=True)["epoch"]]
