@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import errno
 import itertools
 import json
 import os
@@ -141,18 +142,25 @@ def check_place(args: argparse.Namespace) -> None:
     Raises:
         UsageError: It cannot.
     """
-    folder = Path(args.log_path, args.run_name or "")
+    folder = Path(args.log_path, args.run_name or "").absolute()
     try:
-        os.stat(folder)
-        existing = folder
-    except FileNotFoundError:
-        existing = next(parent for parent in folder.absolute().parents if parent.exists())
+        existing = next(path for path in (folder, *folder.parents) if _exists(path))
+        for name in folder.relative_to(existing).parts:
+            _exists(existing / name)  # or is too long to be made there
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{existing} is no folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"{existing} cannot be written to")
     except OSError as error:
         raise UsageError(f"{_flag_of_folder(args)}: no run can be in {folder}: {error.strerror}.") from error
-    if not existing.is_dir():
-        raise UsageError(f"{_flag_of_folder(args)}: no run can be in {folder}: {existing} is no folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"{_flag_of_folder(args)}: no run can be in {folder}: {existing} cannot be written to.")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _flag_of_folder(args: argparse.Namespace) -> str:

@@ -149,8 +149,9 @@ def test_starts_are_told_apart(monkeypatch):
     ("options", "expected"),
     [
         ({"run_name": "n" * 300}, "--run_name: no run can be in .*: File name too long"),
+        ({"log_path": "{tmp}/new", "run_name": "n" * 300}, "--run_name: no run can be in .*: File name too long"),
         ({"log_path": "{tmp}/file"}, "--log_path: no run can be in .*: .*file is no folder"),
-        ({"log_path": "{tmp}/file/runs"}, "--log_path: no run can be in .*: Not a directory"),
+        ({"log_path": "{tmp}/file/runs"}, "--log_path: no run can be in .*: .*file is no folder"),
         ({"log_path": "{tmp}/loop/runs", "run_name": "name"}, "--run_name: no run can be in .*symbolic links"),
     ],
 )

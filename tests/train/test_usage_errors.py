@@ -35,6 +35,12 @@ DISTILL_DIGITS = DIGITS + " --method ce"
     ("main", "options", "expected"),
     [
         (teacher.main, "--dataset CIFAR11 --data_path D", "--dataset must be one of CIFAR10, .*got 'CIFAR11'"),
+        (teacher.main, "--dataset CIFAR-10 --data_path D", r"got 'CIFAR-10'; did you mean CIFAR10\?$"),
+        (teacher.main, DIGITS + " --arch resnet-18", r"invalid choice: 'resnet-18' .*; did you mean resnet18\?$"),
+        (teacher.main, DIGITS + " --data-path D", r"unrecognized arguments: --data-path D; did you mean --data_path"),
+        (distill.main, DISTILL_DIGITS + " --xyzzy", "unrecognized arguments: --xyzzy$"),
+        (distill.main, DISTILL_DIGITS + " --resume", "--resume: expected one argument"),
+        (distill.main, DISTILL_DIGITS + " --run_name " + 300 * "n", "--run_name: no run can be in .*name too long"),
         (teacher.main, "--dataset CIFAR10 --data_path {tmp}/nowhere", "nowhere"),
         (teacher.main, "--dataset CIFAR10", "--data_path"),
         (teacher.main, "--dataset CIFAR10_DVS_SJ --data_path {tmp}/nowhere", "nowhere"),
