@@ -44,7 +44,10 @@ def splits_of(args: argparse.Namespace, role: str) -> data.Splits:
 
     found: list[data.Splits] = []
     ranks.from_first(lambda: found.append(load()))
-    return found[0] if found else load()
+    splits = found[0] if found else load()
+    for note in splits.notes:
+        ranks.say(note)
+    return splits
 
 
 def loaders_of(
@@ -270,9 +273,8 @@ def _keep_batch(error: NonFiniteError, run: Run, loader: DataLoader, epoch: int)
 
 
 def _announce(args: argparse.Namespace, splits: data.Splits, run: Run, state: State, batches: Batches) -> None:
-    for note in (*splits.notes, too_many_threads()):
-        if note:
-            ranks.say(note)
+    if note := too_many_threads():
+        ranks.say(note)
     by_operator = kernels_of(args) if hasattr(args, "backend") else {}
     kernels = ", ".join(f"{operator} on {name}" for operator, name in by_operator.items()) or "none"
     left_out = batches.samples - batches.steps * batches.batch_size

@@ -48,6 +48,8 @@ def assert_equal(folder, expected) -> None:
     assert both[0]["epoch"] == both[1]["epoch"]
     for part in ("net", "optimizer", "scheduler"):
         assert_same(both[0][part], both[1][part], part)
+    names = [{path.name.partition(".out.tfevents.")[0] for path in place.iterdir()} for place in (folder, expected)]
+    assert names[0] == names[1]  # each start has TensorBoard events of its own, and nothing else is left behind
     rows = []
     for path in (folder, expected):
         with open(path / "metrics.csv", newline="") as file:
