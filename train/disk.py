@@ -97,11 +97,11 @@ class Lock:
         Raises:
             OSError: The file cannot be made.
         """
+        if fcntl is None:
+            return True
         while True:
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                if fcntl is None:
-                    return True
                 fcntl.flock(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 self._close()
@@ -129,12 +129,10 @@ class Lock:
 
     def release(self) -> None:
         """Let go of the file, and remove it."""
-        if self._handle is None:
-            return
-        if self.certain or fcntl is None:
+        if self._handle is not None:
             with contextlib.suppress(OSError):
                 self.path.unlink()
-        self._close()
+            self._close()
         self.certain = False
 
     def _is_at_its_path(self) -> bool:
