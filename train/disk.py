@@ -115,9 +115,10 @@ class Lock:
                 break
             self._close()  # its last holder has removed it meanwhile
         self.certain = True
-        os.truncate(self._handle, 0)
         now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-        os.write(self._handle, f"process {os.getpid()} on {platform.node()} since {now}".encode())
+        with contextlib.suppress(OSError):  # a full disk; who holds it is for others to read alone
+            os.truncate(self._handle, 0)
+            os.write(self._handle, f"process {os.getpid()} on {platform.node()} since {now}".encode())
         return True
 
     def holder(self) -> str:
