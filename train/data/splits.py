@@ -25,6 +25,7 @@ class Splits:
         finish_train: what is left to do to a batch of `train` on the device, [B,...] of the items' type → float32; None
             where they are float32 and nothing is left.
         finish_val: the same for `val`.
+        notes: sentences on what was left out, mended or is not there, for the user to read.
     """
 
     name: str
@@ -37,3 +38,4 @@ class Splits:
     classes: tuple[str, ...]
     finish_train: Callable[[Tensor], Tensor] | None = None
     finish_val: Callable[[Tensor], Tensor] | None = None
+    notes: tuple[str, ...] = ()
