@@ -147,7 +147,9 @@ def test_wrong_content(entries, fault, tmp_path):
 def test_wrong_meta(tmp_path):
     path = makers.cifar10(tmp_path) / FOLDER["CIFAR10"] / META["CIFAR10"]
     change(path, label_names=["cat", "dog"])
-    assert f"{path} holds 2 names as label_names, where 10 names of classes are expected" in sentence("CIFAR10", tmp_path)
+    assert f"{path} holds 2 names as label_names, where 10 names of classes are expected" in sentence(
+        "CIFAR10", tmp_path
+    )
 
 
 class Payload:
