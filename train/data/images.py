@@ -31,7 +31,15 @@ def read_image(path: str) -> Image.Image:
                 image = _eight_bits(image, path)
             return image.convert("RGB")
     # Pillow's format readers raise all of these on files that are cut or changed.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        NotImplementedError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(path, error) from None
         reason = str(error).replace("\n", " ") or type(error).__name__

@@ -81,3 +81,13 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
 def test_white_with_alpha_is_white(tmp_path):
     Image.new("LA", (4, 3), (255, 7)).save(tmp_path / "a.png")
     assert (np.asarray(read_image(str(tmp_path / "a.png"))) == 255).all()
+
+
+def test_what_a_reader_of_pillow_does_not_implement(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 3)).save(path, "DDS")
+    content = bytearray(path.read_bytes())
+    content[80:84] = bytes(4)  # the flags of its pixel format
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        read_image(str(path))
