@@ -37,7 +37,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
             start = file.read(4)
             with zipfile.ZipFile(file) as content:
                 yield content
-    except NotImplementedError as error:
+    except RuntimeError as error:  # NotImplementedError, or a module of Python that is missing
         raise ArchiveError(
             f"{path} is packed in a way that Python cannot read ({error}); unpack it yourself."
         ) from None
@@ -48,8 +48,6 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
             raise ArchiveError(f"{path} is no zip archive: it begins with {start!r} instead of b'PK'.") from None
         reason = str(error) or type(error).__name__
         raise ArchiveError(f"{path} is truncated or corrupt ({reason}); delete it and download it again.") from None
-    except RuntimeError as error:
-        raise ArchiveError(f"{path} cannot be unpacked ({error}); unpack it yourself.") from None
 
 
 def read_archive(path: Path, class_name: str, classes: tuple[str, ...]) -> Archive:
@@ -65,6 +63,8 @@ def read_archive(path: Path, class_name: str, classes: tuple[str, ...]) -> Archi
         inner = PurePosixPath(member.filename.replace("\\", "/"))
         if inner.is_absolute() or ".." in inner.parts or ":" in member.filename:
             raise ArchiveError(f"{path} wants to unpack {member.filename!r} outside its folder, so it is not unpacked.")
+        if member.flag_bits & 1:
+            raise ArchiveError(f"{path} is encrypted; unpack it yourself.")
         if inner.suffix != SUFFIX or any(map(hidden, inner.parts)) or member.filename.endswith(("/", "\\")):
             continue
         folder = next((part for part in reversed(inner.parts[:-1]) if part in classes), class_name)

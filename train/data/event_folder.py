@@ -13,7 +13,7 @@ from .archives import read_archives
 from .cache import CachedFrames, Recordings, frame_cache
 from .camera import write_digits
 from .errors import DataError
-from .folders import check_root, not_found
+from .folders import check_root, is_folder, not_found
 from .frames import FRAME_SIZE
 from .recordings import find, layouts
 from .splits import Splits
@@ -42,12 +42,13 @@ def _complete(name: str, root: Path) -> tuple[Recordings, list[str]]:
     """All recordings, after unpacking or making what is missing, and sentences on them for the user."""
     classes = CLASSES[name]
     how_to_get = _how_to_get(name, root)
-    if name == "DIGITS_DVS" and not os.path.lexists(root):
-        recordings, missing, notes = Recordings(root, (), ()), list(classes), []
-    else:
+    makes = name == "DIGITS_DVS"
+    if is_folder(root) or os.path.lexists(root) or not makes:
         check_root(root, how_to_get)
         recordings, missing, notes = find(root, classes)
-    if missing and name == "DIGITS_DVS":
+    else:
+        recordings, missing, notes = Recordings(root, (), ()), list(classes), []
+    if missing and makes:
         write_digits(root)
         recordings, missing, notes = find(root, classes)
     if missing:

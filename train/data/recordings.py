@@ -161,8 +161,13 @@ def _on_archives(taken: Layout, classes: tuple[str, ...], faults: dict[str, Data
 
 
 def _on_others(taken: Layout, left: list[Layout]) -> list[str]:
-    return [
-        f"{len(taken)} recordings are read from {taken.folder}; {other.folder}, which has {len(other)}, is left out."
-        for other in left
-        if len(other) != len(taken)
-    ]
+    notes = []
+    for other in left:
+        there = any(other.present)
+        # What archives alone hold is left out where it is in the taken place as well, as the whole set is.
+        if len(other) > len(taken) or (there and len(other) < len(taken)):
+            place = other.folder if there else "zip archives"
+            notes.append(
+                f"{len(taken)} recordings are read from {taken.folder}; the {len(other)} in {place} are left out."
+            )
+    return notes
