@@ -230,3 +230,26 @@ def test_unreadable_file(compressed, tmp_path):
 def test_unreadable_root(tmp_path):
     root = tmp_path / ("x" * 300)
     assert sentence(root) == f"{root} cannot be read: file name too long."
+
+
+@pytest.mark.parametrize("folder", ["MNIST", "MNIST/raw"])
+def test_root_is_a_folder_of_torchvisions_layout(folder, tmp_path):
+    makers.mnist(tmp_path)
+    assert same(read(tmp_path), read(tmp_path / folder))
+    (tmp_path / RAW / LABELS).unlink()
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / folder)
+    assert f'torchvision.datasets.MNIST("{tmp_path}", download=True)' in caught.value.sentence
+
+
+def test_root_is_one_level_too_high(tmp_path):
+    makers.mnist(tmp_path / "digits", compressed=True)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path)
+    assert caught.value.sentence.endswith(f": it holds digits; did you mean --data_path {tmp_path / 'digits'}?")
+
+
+def test_what_lies_there_instead_is_named(tmp_path):
+    for name in ("mnist.npz", "notes.txt", ".DS_Store"):
+        (tmp_path / name).touch()
+    assert ": it holds mnist.npz, notes.txt; get it with" in sentence(tmp_path)
