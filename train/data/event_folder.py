@@ -67,8 +67,7 @@ def _complete(name: str, root: Path) -> tuple[Recordings, list[str]]:
 
 def _may_be_read(folder: Path, classes: tuple[str, ...], recordings: Recordings) -> bool:
     """Whether a folder has recordings, where the one that was named has none."""
-    archives, _ = read_archives(folder, classes)
-    return not recordings.files and bool(archives or layouts(folder, classes, {}))
+    return not recordings.files and bool(read_archives(folder, classes)[0] or layouts(folder, classes, {}))
 
 
 def load(

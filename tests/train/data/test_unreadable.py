@@ -1,5 +1,6 @@
 """What the system does not let this process read ends in one sentence, whichever file or folder it is."""
 
+import codecs
 import importlib
 import multiprocessing
 import os
@@ -63,11 +64,22 @@ def read_all(name, root):
 def as_nobody(name, root, results):
     for module in MODULES:  # while they may be read
         importlib.import_module(module)
+    codecs.lookup("cp437")  # of names in archives
     if os.getuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
     results.put(read_all(name, root))
+
+
+def sentence_of_nobody(name, root):
+    """What a user without rights is told, or None."""
+    results = CONTEXT.SimpleQueue()
+    process = CONTEXT.Process(target=as_nobody, args=(name, root, results), daemon=True)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    return results.get()
 
 
 @pytest.fixture
@@ -103,15 +115,33 @@ def test_permission_denied(name, path, public):
     place = place_of(name, path, root)
     spread(public)
     place.chmod(0)
-    results = CONTEXT.SimpleQueue()
-    process = CONTEXT.Process(target=as_nobody, args=(name, root, results), daemon=True)
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
-    sentence = results.get()
+    sentence = sentence_of_nobody(name, root)
     assert sentence.startswith(str(place))
     assert sentence.endswith(" cannot be read: permission denied.")
     assert "\n" not in sentence
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="this system has no users to become")
+@pytest.mark.parametrize("scrap", ["seal_fast_frames/.lock", ".building-1/a", None])
+def test_what_is_built_is_read_where_nothing_can_be_written(scrap, public):
+    root = public / "data"
+    place_of("CIFAR10_DVS_SJ", "seal_fast_frames/*/frames.npy", root)
+    if scrap is not None:
+        (root / scrap).parent.mkdir(exist_ok=True)
+        (root / scrap).touch()
+    for path in (public, *public.rglob("*")):
+        path.chmod(0o555)
+    assert sentence_of_nobody("CIFAR10_DVS_SJ", root) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="this system has no users to become")
+@pytest.mark.parametrize("layout", ["extract", "download"])
+def test_a_folder_that_cannot_be_written(layout, public):
+    root = makers.cifar10_dvs(public / "data", layout=layout)
+    for path in (public, *public.rglob("*")):
+        path.chmod(0o555)
+    sentence = sentence_of_nobody("CIFAR10_DVS_SJ", root)
+    assert sentence.startswith(f"{root} cannot be written to (Permission denied); ")
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and whose reading fails")
