@@ -128,6 +128,15 @@ def test_a_build_that_goes_on_keeps_its_scratch_folder(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == [publish.CACHE]
 
 
+def test_what_was_left_makes_room_before_anything_is_built(tmp_path):
+    for folder in (tmp_path, tmp_path / publish.CACHE):
+        (folder / ".building-1" / "a").mkdir(parents=True)
+    with publish.one_at_a_time(tmp_path):
+        assert not list(tmp_path.rglob(".building-*"))
+        assert list(tmp_path.rglob(".lock"))
+    assert not list(tmp_path.rglob(".lock"))
+
+
 def test_nothing_is_removed_without_a_lock(tmp_path, monkeypatch):
     """Where the file system has none, another process may be building."""
     monkeypatch.setattr("seal_fast.train.disk.fcntl", None)
@@ -152,6 +161,7 @@ def test_scraps_where_nothing_is_left_to_build(tmp_path):
 
 def test_digits_are_filmed_under_the_lock(tmp_path):
     """In a plain call too: its scratch folders must not be removed by another process."""
+    camera.read_digits()  # what is imported for it
     lock = Lock(tmp_path / publish.CACHE / ".lock")
     lock.path.parent.mkdir()
     assert lock.acquire(wait=False)
