@@ -233,5 +233,5 @@ def test_vanished_frame_cache(tmp_path):
     makers.cifar10_dvs(root, per_class=1)
     splits = data.load("CIFAR10_DVS_SJ", root, role="student", time_steps=2)
     root.rename(tmp_path / "elsewhere")
-    with pytest.raises(data.DataError, match="frames.npy cannot be read: no such file or directory"):
+    with pytest.raises(data.DataError, match=r"frames\.npy cannot be read: no such file or directory"):
         splits.train[0]

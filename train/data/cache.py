@@ -180,7 +180,8 @@ class _Frames:
         except OSError as error:
             raise unreadable(self.path, error) from None
         if length != self._bytes:
-            raise DataError(f"{self.path} has been cut since this run opened it; delete {self.path.parent}.")
+            folder = self.path.parent
+            raise DataError(f"{self.path} was cut during this run; delete {folder}, and it will be made again.")
         return sample
 
     def checksum(self, number: int) -> int:
@@ -195,12 +196,18 @@ class CachedFrames(Dataset):
         labels: of all samples in it.
         indices: which of the samples.
         transform: float32 [T,2,H,W] → the same shape, or None for none.
+
+    Raises:
+        DataError: the cache cannot be read any more.
     """
 
     def __init__(
         self, folder: Path, labels: Sequence[int], indices: Sequence[int], transform: Transform | None
     ) -> None:
-        self.frames = _Frames(folder / "frames.npy")
+        try:
+            self.frames = _Frames(folder / "frames.npy")
+        except OSError as error:
+            raise unreadable(folder / "frames.npy", error) from None
         self.indices = list(indices)
         self.labels = [labels[index] for index in self.indices]
         self.transform = transform

@@ -31,7 +31,7 @@ _MINIMUM = 10  # samples; a tenth of them is held out
 
 def _how_to_get(name: str, root: Path) -> str:
     if name == "DIGITS_DVS":
-        return f"empty {root / 'extract'}, and the recordings will be made again"
+        return f"move what {root / 'extract'} holds elsewhere, and the recordings will be made"
     return (
         f"put the ten zip files of CIFAR10-DVS (figshare.com, article 4724671; SpikingJelly's page on CIFAR10DVS links "
         f"to them) into {root / 'download'}"

@@ -102,8 +102,13 @@ def test_a_cut_while_a_run_reads(root):
     os.truncate(path, path.stat().st_size - 4)
     last = cache.CachedFrames(path.parent, [0] * 20, range(20), None)
     assert last[18][0].shape == (3, 2, 48, 48)
-    with pytest.raises(DataError, match=r"frames\.npy has been cut since this run opened it"):
+    with pytest.raises(DataError, match=r"frames\.npy was cut during this run; delete "):
         last[19]
+
+
+def test_a_cache_that_vanishes_after_its_check(tmp_path):
+    with pytest.raises(DataError, match=r"frames\.npy cannot be read: no such file or directory\.$"):
+        cache.CachedFrames(tmp_path, [0], [0], None)
 
 
 class Failing:
