@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from seal_fast.train.data.transforms import draw
+from seal_fast.train.data.draws import draw
 
 Key = tuple[int, int]  # a sample's index, and the seed of its augmentation
 

@@ -101,7 +101,7 @@ def test_data_that_is_lost_during_a_run(fault, tmp_path):
         named.write_bytes(named.read_bytes()[:100])
     sentence = error_of(trainer, 2)
     assert str(named) in sentence
-    assert "cannot be read as an image" in sentence
+    assert "cannot be read" in sentence
     assert_whole(tmp_path / "run")
 
 
@@ -229,5 +229,5 @@ def test_vanished_frame_cache(tmp_path):
     makers.cifar10_dvs(root, per_class=1)
     splits = data.load("CIFAR10_DVS_SJ", root, role="student", time_steps=2)
     root.rename(tmp_path / "elsewhere")
-    with pytest.raises(data.DataError, match="cannot be read any more"):
+    with pytest.raises(data.DataError, match=r"frames\.npy cannot be read: no such file or directory"):
         splits.train[0]

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from pathlib import Path
 
-from . import cifar, digits, event_folder, image_folder, mnist
 from .errors import DataError
 from .splits import Splits
 
 __all__ = ["DATASETS", "DataError", "Splits", "canonical", "load"]
 
-_LOADERS = {
-    "CIFAR10": cifar.load,
-    "CIFAR100": cifar.load,
-    "CIFAR10_DVS_SJ": event_folder.load,
-    "imagenet": image_folder.load,
-    "MNIST": mnist.load,
-    "DIGITS": digits.load,
-    "DIGITS_DVS": event_folder.load,
+# dataset -> the module whose `load` reads it, imported then: what it needs besides torch is not needed before.
+_MODULES = {
+    "CIFAR10": "cifar",
+    "CIFAR100": "cifar",
+    "CIFAR10_DVS_SJ": "event_folder",
+    "imagenet": "image_folder",
+    "MNIST": "mnist",
+    "DIGITS": "digits",
+    "DIGITS_DVS": "event_folder",
 }
-DATASETS: tuple[str, ...] = tuple(_LOADERS)
+DATASETS: tuple[str, ...] = tuple(_MODULES)
 _OTHER_NAMES = {"CIFAR10_DVS": "CIFAR10_DVS_SJ"}  # under which the published scripts know a dataset as well
 
 
@@ -63,7 +64,7 @@ def load(
 
     Raises:
         ValueError: an argument is none of the above.
-        DataError: the data is missing, incomplete or corrupt.
+        DataError: the data is missing, incomplete, corrupt, or cannot be read.
     """
     try:
         name = canonical(name)
@@ -75,10 +76,13 @@ def load(
         raise DataError("DIGITS_DVS needs a folder for the recordings that it makes: name one with --data_path.")
     if root is None and name != "DIGITS":
         raise DataError(f"{name} is read from disk: say where it lies with --data_path.")
-    folder = None if root is None else Path(root).expanduser()
+    try:
+        folder = None if root is None else Path(root).expanduser()
+    except RuntimeError:
+        raise DataError(f"{root} cannot be read: there is no such user.") from None
     options = {"role": role, "time_steps": time_steps, "auto_aug": auto_aug, "cutout": cutout}
     if frame_size is not None:
-        if _LOADERS[name] is not event_folder.load:
+        if _MODULES[name] != "event_folder":
             raise ValueError(f"frame_size is for event data, which {name} is not")
         options["frame_size"] = frame_size
-    return _LOADERS[name](name, folder, **options)
+    return importlib.import_module(f".{_MODULES[name]}", __name__).load(name, folder, **options)

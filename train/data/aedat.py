@@ -7,6 +7,7 @@ bit 0, x in bits 1 to 7 and y in bits 8 to 14.
 
 from __future__ import annotations
 
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import DataError
+from .folders import unreadable
 
 SENSOR = 128  # H = W of a DVS128, pixels
 _VERSION = b"#!AER-DAT2.0"
@@ -71,17 +73,23 @@ def read_aedat(path: Path) -> Events:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); unpack it again.") from None
+        raise unreadable(path, error) from None
+    if _VERSION.startswith(content[: len(_VERSION)]) and len(content) < len(_VERSION):
+        raise DataError(f"{path} is truncated: it has {len(content)} bytes; unpack it again.")
     if not content.startswith(_VERSION):
-        raise DataError(f'{path} is no AEDAT 2.0 file, which begins with "{_VERSION.decode()}"; unpack it again.')
+        raise DataError(
+            f"{path} is no AEDAT 2.0 file: it begins with {content[: len(_VERSION)]!r} instead of {_VERSION!r}."
+        )
     start = _skip_header(content)
     if (len(content) - start) % 8:
         raise DataError(f"{path} is truncated in the middle of an event; unpack it again.")
     if start == len(content):
-        raise DataError(f"{path} holds no events; unpack it again or delete it.")
+        raise DataError(f"{path} holds no events, only a header of {len(content)} bytes.")
     address, t = np.frombuffer(content, ">u4", offset=start).reshape(-1, 2).astype(np.int64).T
     if address.max() >= 2**16:
-        raise DataError(f"{path} has addresses that no DVS128 has, so it is corrupt or of another camera; replace it.")
+        raise DataError(
+            f"{path} has the address {address.max()}, where those of a DVS128 end at {2**16 - 1}: is it another's?"
+        )
     return Events(t=t, x=127 - (address >> 8 & 127), y=127 - (address >> 1 & 127), p=1 - (address & 1))
 
 
@@ -103,20 +111,34 @@ def read_npz(path: Path) -> Events:
     """Events of a file of SpikingJelly's events_np folder, with arrays t, x, y and p.
 
     Raises:
-        DataError: the file cannot be read, lacks an array, or an event lies outside the sensor.
+        DataError: the file cannot be read, is truncated, lacks an array, or an event lies outside the sensor.
     """
-    mend = "delete the events_np folder, so that the recordings are read from extract or download"
+    mend = "delete it, and it is read from extract or download if all recordings are there"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            events = Events(*(np.asarray(arrays[name]) for name in Events._fields))
-    except KeyError as error:
-        raise DataError(f"{path} cannot be read as events ({error.args[0]}); {mend}.") from None
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        with path.open("rb") as file:
+            start = file.read(2)
+            if start and not b"PK".startswith(start):
+                raise DataError(f"{path} is no npz file: it begins with {start!r} instead of b'PK'.")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                missing = [name for name in Events._fields if name not in arrays.files]
+                if missing:
+                    present = ", ".join(arrays.files) or "nothing"
+                    raise DataError(f"{path} holds no array {missing[0]}, one of t, x, y and p: it holds {present}.")
+                events = Events(*(np.asarray(arrays[name]) for name in Events._fields))
+    except OSError as error:
+        if error.errno is not None:
+            raise unreadable(path, error) from None
+        raise DataError(f"{path} is truncated or corrupt ({error}); {mend}.") from None
+    except (ValueError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error) as error:
+        if "allow_pickle" in str(error):
+            raise DataError(f"{path} holds Python objects instead of numbers; objects are not read.") from None
         raise DataError(f"{path} is truncated or corrupt ({type(error).__name__}); {mend}.") from None
-    if any(array.dtype.kind not in "iub" for array in events):
-        raise DataError(f"{path} holds events that are not whole numbers; {mend}.")
+    other = next((array for array in events if array.dtype.kind not in "iub"), None)
+    if other is not None:
+        raise DataError(f"{path} holds events of type {other.dtype} instead of whole numbers.")
     events = Events(*(array.astype(np.int64) for array in events))
     fault = _fault(events)
     if fault:
-        raise DataError(f"{path} {fault}; {mend}.")
+        raise DataError(f"{path} {fault}.")
     return events

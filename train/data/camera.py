@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from .aedat import SENSOR, Events, write_aedat
 from .digits import read_digits
-from .publish import publish, scratch_folder
+from .folders import is_folder, names
+from .publish import one_at_a_time, publish, scratch_folder
 
 _EXTENT = 80  # side of the digit on the sensor, pixels
 _CONTRAST = 5.0  # intensity of white paint over that of the black background
@@ -81,21 +82,22 @@ def film(image: np.ndarray) -> Events:
 
 
 def write_digits(root: Path, per_class: int | None = None) -> None:
-    """Film the digits to extract/<digit>/digit_<digit>_<number>.aedat; classes that are already there are left alone.
+    """Film the digits to extract/<digit>/digit_<digit>_<number>.aedat; classes with recordings are left alone.
 
     Args:
         root: the dataset's folder; made if it is missing.
         per_class: how many samples of each digit; None films all 1,797.
 
     Raises:
-        DataError: the files cannot be written.
+        DataError: the files cannot be written, or what is there cannot be read.
     """
     images, labels = read_digits()
-    for digit in tqdm(range(10), desc="filming digits", leave=False, disable=None):
-        destination = root / "extract" / str(digit)
-        if destination.is_dir():
-            continue
-        with scratch_folder(root) as scratch:
-            for number, image in enumerate(images[labels == digit][:per_class]):
-                write_aedat(scratch / f"digit_{digit}_{number}.aedat", film(image))
-            publish(scratch, destination)
+    with one_at_a_time(root):
+        for digit in tqdm(range(10), desc="filming digits", leave=False, disable=None):
+            destination = root / "extract" / str(digit)
+            if is_folder(destination) and names(destination):
+                continue
+            with scratch_folder(root) as scratch:
+                for number, image in enumerate(images[labels == digit][:per_class]):
+                    write_aedat(scratch / f"digit_{digit}_{number}.aedat", film(image))
+                publish(scratch, destination)

@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from torchvision import datasets
 
 from .errors import DataError
+from .folders import check_root, is_file, is_folder, not_found, unreadable
 from .in_memory import ImagesInMemory
 from .splits import Splits
 from .transforms import image_transforms
+
+
+class _Layout(NamedTuple):
+    """Names of the unpacked Python version, and where the labels and their names are in its files."""
+
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    meta: str
+    names: str
+    labels: str
+    num_classes: int
+
+
+_LAYOUTS = {
+    "CIFAR10": _Layout(
+        "cifar-10-batches-py",
+        tuple(f"data_batch_{number}" for number in range(1, 6)),
+        ("test_batch",),
+        "batches.meta",
+        "label_names",
+        "labels",
+        10,
+    ),
+    "CIFAR100": _Layout("cifar-100-python", ("train",), ("test",), "meta", "fine_label_names", "fine_labels", 100),
+}
+
+
+_OTHER_VERSIONS = {
+    "-batches-bin": "binary",
+    "-binary": "binary",
+    "-binary.tar.gz": "binary",
+    "-batches-mat": "MATLAB",
+    "-matlab": "MATLAB",
+    "-matlab.tar.gz": "MATLAB",
+}
 
 
 class _ForbiddenError(pickle.UnpicklingError):
@@ -34,6 +72,14 @@ def _dtype(*arguments: Any) -> np.dtype:
     return dtype
 
 
+def _scalar(dtype: Any, content: Any) -> Any:
+    """A numpy number, which labels may be; of Python objects, `_dtype` has made none."""
+    content = content.encode("latin1") if isinstance(content, str) else content
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "iuf" or len(content) != dtype.itemsize:
+        raise _ForbiddenError("a numpy scalar that is no number")
+    return np.frombuffer(content, dtype)[0]
+
+
 def _from_buffer(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
     """What protocol 5 stores a contiguous array as."""
     return np.frombuffer(buffer, dtype).reshape(shape, order=order)
@@ -51,6 +97,8 @@ class _ArrayUnpickler(pickle.Unpickler):
         ("numpy", "dtype"): _dtype,
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy.core.multiarray", "scalar"): _scalar,
+        ("numpy._core.multiarray", "scalar"): _scalar,
         ("numpy.core.numeric", "_frombuffer"): _from_buffer,
         ("numpy._core.numeric", "_frombuffer"): _from_buffer,
         ("_codecs", "encode"): _encode,
@@ -73,7 +121,7 @@ def _read(path: Path, how_to_get: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path} is missing; {how_to_get}.") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); allow reading it or {how_to_get}.") from None
+        raise unreadable(path, error) from None
     except _ForbiddenError as error:
         raise DataError(
             f"{path} asks for {error} where arrays and labels belong, so it was not read; delete it and {how_to_get}."
@@ -83,26 +131,66 @@ def _read(path: Path, how_to_get: str) -> dict[str, Any]:
             f"{path} is truncated or corrupt ({type(error).__name__}); delete it and {how_to_get}."
         ) from None
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds a {type(content).__name__} instead of a dict; delete it and {how_to_get}.")
+        raise DataError(f"{path} holds a {type(content).__name__}, where a dict of images and labels is expected.")
     return {_text(key): value for key, value in content.items()}
 
 
-def _read_batch(path: Path, num_classes: int, how_to_get: str) -> tuple[np.ndarray, np.ndarray]:
+def _shown(value: Any) -> str:
+    """What a value is, in words."""
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} and shape {list(value.shape)}"
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _read_batch(path: Path, layout: _Layout, how_to_get: str) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N,32,32,3] and labels int64 [N]."""
     entry = _read(path, how_to_get)
     data = entry.get("data")
     labels = entry.get("fine_labels", entry.get("labels"))
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-        raise DataError(f"{path} holds no images as uint8 rows of 3072 numbers; delete it and {how_to_get}.")
-    if not isinstance(labels, list | np.ndarray) or not all(isinstance(label, int | np.integer) for label in labels):
-        raise DataError(f"{path} holds no list of whole-number labels; delete it and {how_to_get}.")
+        raise DataError(f"{path} holds {_shown(data)} as data, where images as uint8 [N, 3072] are expected.")
+    if isinstance(labels, np.ndarray) and labels.ndim == 1:
+        labels = labels.tolist()
+    if not isinstance(labels, list | tuple) or not all(isinstance(label, int | np.integer) for label in labels):
+        raise DataError(f"{path} holds {_shown(labels)} as labels, where a list of whole numbers is expected.")
     if len(labels) != len(data) or not len(data):
-        raise DataError(f"{path} holds {len(data)} images and {len(labels)} labels; delete it and {how_to_get}.")
-    if min(labels) < 0 or max(labels) >= num_classes:
+        raise DataError(
+            f"{path} holds {len(data)} images and {len(labels)} labels, where one label for each image is expected."
+        )
+    if min(labels) < 0 or max(labels) >= layout.num_classes:
         wrong = min(labels) if min(labels) < 0 else max(labels)
-        raise DataError(f"{path} holds the label {wrong}, outside 0 to {num_classes - 1}; delete it and {how_to_get}.")
+        raise DataError(f"{path} holds the label {wrong}, outside 0 to {layout.num_classes - 1}.")
     images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return images, np.asarray(labels, dtype=np.int64)
+
+
+def _holds_batches(folder: Path, layout: _Layout) -> bool:
+    return is_folder(folder) and any(is_file(folder / name) for name in (layout.meta, *layout.train, *layout.test))
+
+
+def _folder(name: str, root: Path, layout: _Layout) -> tuple[Path, str]:
+    """The folder of the batches, and how to get them."""
+
+    def how_to_get(parent: Path) -> str:
+        return f'get it with torchvision.datasets.{name}("{parent}", download=True)'
+
+    if is_folder(root / layout.folder):
+        return root / layout.folder, how_to_get(root)
+    if _holds_batches(root, layout):
+        return root, how_to_get(root.parent)
+    advice = how_to_get(root)
+    version = layout.folder.removesuffix("-batches-py").removesuffix("-python")  # cifar-10 or cifar-100
+    packed = root / f"{version}-python.tar.gz"
+    other = next((suffix for suffix in _OTHER_VERSIONS if os.path.lexists(root / f"{version}{suffix}")), None)
+    if is_file(packed):
+        advice = f"unpack it with: tar -xzf {shlex.quote(str(packed))} -C {shlex.quote(str(root))}"
+    elif other is not None:
+        advice = f"{version}{other} is the {_OTHER_VERSIONS[other]} version, and the Python version is read: {advice}"
+    raise not_found(root, f"has no folder {layout.folder}", advice, lambda folder: _fits(folder, layout))
+
+
+def _fits(folder: Path, layout: _Layout) -> bool:
+    return is_folder(folder / layout.folder) or _holds_batches(folder, layout)
 
 
 def load(
@@ -110,30 +198,31 @@ def load(
 ) -> Splits:
     """CIFAR10 or CIFAR100 under `root`; the arguments are those of `seal_fast.train.data.load`.
 
-    Checksums are not compared, so that a part of the set can stand in for the whole.
+    `root` is the folder of the batches or the one around it. Checksums are not compared, so that a part of the set can
+    stand in for the whole.
     """
-    layout = {"CIFAR10": datasets.CIFAR10, "CIFAR100": datasets.CIFAR100}[name]
-    num_classes = {"CIFAR10": 10, "CIFAR100": 100}[name]
-    how_to_get = f'get it with torchvision.datasets.{name}("{root}", download=True)'
-    folder = root / layout.base_folder
-    if not folder.is_dir():
-        raise DataError(f"{root} has no folder {layout.base_folder}; {how_to_get}.")
+    layout = _LAYOUTS[name]
+    check_root(root, f'get it with torchvision.datasets.{name}("{root}", download=True)')
+    folder, how_to_get = _folder(name, root, layout)
 
-    meta_path = folder / layout.meta["filename"]
-    classes = _read(meta_path, how_to_get).get(layout.meta["key"])
-    if not isinstance(classes, list | tuple) or len(classes) != num_classes:
-        raise DataError(f"{meta_path} does not name {num_classes} classes; delete it and {how_to_get}.")
+    meta_path = folder / layout.meta
+    classes = _read(meta_path, how_to_get).get(layout.names)
+    if not isinstance(classes, list | tuple) or len(classes) != layout.num_classes:
+        held = f"{len(classes)} names" if isinstance(classes, list | tuple) else _shown(classes)
+        raise DataError(
+            f"{meta_path} holds {held} as {layout.names}, where {layout.num_classes} names of classes are expected."
+        )
 
     transforms = image_transforms(name, role=role, auto_aug=auto_aug, cutout=cutout)
     parts = []
-    for file_list, transform in ((layout.train_list, transforms.train), (layout.test_list, transforms.val)):
-        batches = [_read_batch(folder / file_name, num_classes, how_to_get) for file_name, _ in file_list]
+    for files, transform in ((layout.train, transforms.train), (layout.test, transforms.val)):
+        batches = [_read_batch(folder / file_name, layout, how_to_get) for file_name in files]
         images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
         parts.append(ImagesInMemory(images, labels, transform))
     return Splits(
         name,
         *parts,
-        num_classes=num_classes,
+        num_classes=layout.num_classes,
         in_channels=3,
         image_size=32,
         events=False,

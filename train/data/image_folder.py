@@ -2,54 +2,102 @@
 
 from __future__ import annotations
 
-import struct
+import os
 from pathlib import Path
 
-from PIL import Image
-from torchvision.datasets import ImageFolder
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from .errors import DataError
+from .folders import check_root, hidden, is_folder, names, not_found, unreadable
+from .images import read_image
 from .splits import Splits
 from .transforms import Transform, image_transforms
 
 _HOW_TO_GET = (
     "get ImageNet (ILSVRC2012) from image-net.org and lay it out as train/<class>/ and val/<class>/ folders of images"
 )
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+_DEEPEST = 40  # folders in one another, as many links as Linux follows
 
 
-def read_image(path: str) -> Image.Image:
-    """The image as RGB.
+class ClassFolders(Dataset):
+    """Images in class folders; labels are the places of the folders' names in their order, as with torchvision.
+
+    Args:
+        folder: holds the class folders.
+        transform: PIL image, RGB → uint8 [C,H,W].
+
+    Attributes:
+        classes: the names of the class folders.
+        samples: path and label of each image, by class, folder and name.
 
     Raises:
-        DataError: the file is missing, truncated or no image.
+        DataError: there are no class folders, one of them has no image, or one cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    # Pillow's format readers raise all of these on files that are cut or changed.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        reason = str(error).replace("\n", " ")
-        raise DataError(f"{path} cannot be read as an image ({reason}); unpack it again or delete it.") from None
 
-
-def _images(folder: Path, transform: Transform) -> ImageFolder:
-    if not folder.is_dir():
-        raise DataError(f"{folder} is missing; {_HOW_TO_GET}.")
-    children = list(folder.iterdir())
-    if not any(child.is_dir() for child in children):
-        if any(child.is_file() for child in children):
+    def __init__(self, folder: Path, transform: Transform) -> None:
+        self.transform = transform
+        present = names(folder)
+        self.classes = [name for name in present if is_folder(folder / name)]
+        if not self.classes and present:
             raise DataError(
                 f"{folder} holds its files flat, as ImageNet's tar unpacks, so their classes are unknown; move each "
                 f"image into {folder.name}/<class>/, the class being the one that the development kit's ground truth "
                 "names."
             )
-        raise DataError(f"{folder} is empty; {_HOW_TO_GET}.")
-    images = ImageFolder(str(folder), transform=transform, loader=read_image, allow_empty=True)
-    empty = sorted(set(range(len(images.classes))) - set(images.targets))
-    if empty:
-        names = ", ".join(images.classes[label] for label in empty[:3]) + (" and others" if len(empty) > 3 else "")
-        raise DataError(f"{folder} has class folders without an image ({names}); fill them or delete them.")
-    return images
+        if not self.classes:
+            raise DataError(f"{folder} is empty; {_HOW_TO_GET}.")
+        self.samples: list[tuple[str, int]] = []
+        empty = []
+        for label, name in enumerate(self.classes):
+            images = _images(str(folder / name))
+            self.samples += [(path, label) for path in images]
+            if not images:
+                empty.append(name)
+        if empty:
+            shown = ", ".join(empty[:3]) + (" and others" if len(empty) > 3 else "")
+            raise DataError(
+                f"{folder} has class folders without an image ({shown}); fill them with images, whose names end in "
+                f"{', '.join(_SUFFIXES)}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        return self.transform(read_image(path)), label
+
+
+def _images(folder: str) -> list[str]:
+    """Images in a folder and in the folders in it, which may be links, in torchvision's order.
+
+    Raises:
+        DataError: one of the folders cannot be read, or is a link that leads round in a circle.
+    """
+    found: list[tuple[str, str]] = []
+    waiting = [folder]
+    while waiting:
+        parent = waiting.pop()
+        if parent.count(os.sep) - folder.count(os.sep) > _DEEPEST:
+            raise DataError(f"{parent} cannot be read: links lead round in a circle.")
+        try:
+            with os.scandir(parent) as entries:
+                for entry in entries:
+                    if hidden(entry.name):
+                        continue
+                    if entry.is_dir():
+                        waiting.append(entry.path)
+                    elif entry.name.lower().endswith(_SUFFIXES):
+                        found.append((parent, entry.name))
+        except OSError as error:
+            raise unreadable(error.filename or parent, error) from None
+    return [os.path.join(parent, name) for parent, name in sorted(found)]
+
+
+def _is_root(folder: Path) -> bool:
+    return is_folder(folder / "train") and is_folder(folder / "val")
 
 
 def load(
@@ -60,15 +108,16 @@ def load(
     The number of classes is the number of folders, so that a part of ImageNet can stand in for the whole.
     """
     transforms = image_transforms(name, role=role, auto_aug=auto_aug, cutout=cutout)
-    if not root.is_dir():
-        raise DataError(f"{root} is missing; {_HOW_TO_GET}.")
-    train, val = _images(root / "train", transforms.train), _images(root / "val", transforms.val)
+    check_root(root, _HOW_TO_GET)
+    for part in ("train", "val"):
+        if not is_folder(root / part):
+            raise not_found(root, f"has no folder {part}", _HOW_TO_GET, _is_root)
+    train, val = ClassFolders(root / "train", transforms.train), ClassFolders(root / "val", transforms.val)
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))[0]
         has, lacks = ("train", "val") if odd in train.classes else ("val", "train")
         raise DataError(
-            f"{root} must have the same class folders in train and val, but {has} has {odd} and {lacks} has not; "
-            f"{_HOW_TO_GET}."
+            f"{root} must have the same class folders in train and val, but {has} has {odd} and {lacks} has not."
         )
     return Splits(
         name,

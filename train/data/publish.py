@@ -1,4 +1,8 @@
-"""Making folders so that other processes see them whole or not at all."""
+"""Building under a dataset's folder: other processes see what was built whole or not at all, as they do after a crash.
+
+What is built lies in a scratch folder, is brought to the disk, and takes its name then. One process at a time builds,
+and what an interrupted one left is removed by the next.
+"""
 
 from __future__ import annotations
 
@@ -9,59 +13,128 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from seal_fast.train.disk import Lock, sync_folder, sync_tree
+
 from .errors import DataError
+
+CACHE = "seal_fast_frames"  # folder under a dataset's root: caches of frames, and the lock
+_SCRATCH = ".building-"
+_LOCK = ".lock"
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what fails while something is written below a folder into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written to ({error.strerror or error}); make room in it and allow writing, or copy "
+            "the data to a folder where you may write."
+        ) from None
 
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """A new folder inside `parent`, removed with what is left in it at the end.
+    """A new folder inside `parent`, removed with what is left in it at the end; to be used within `one_at_a_time`.
 
     Raises:
         DataError: the folder, or what is put into it, cannot be written.
     """
-    folder = parent / f".building-{uuid.uuid4().hex}"
+    folder = parent / f"{_SCRATCH}{uuid.uuid4().hex}"
     try:
-        folder.mkdir(parents=True)
-        yield folder
-    except OSError as error:
-        raise DataError(
-            f"{parent} cannot be written to ({error.strerror or error}); make room in it and allow writing, or copy "
-            "the data to a folder where you may write."
-        ) from None
+        with _writing(parent):
+            make_folder(parent)
+            folder.mkdir()
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it where they are missing; their names are on the disk then.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
 def publish(folder: Path, destination: Path) -> None:
-    """Move a finished folder to its place, or leave it if another process was first."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    """Move a finished folder to its place, or leave it if another process was first.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    sync_tree(folder)
+    make_folder(destination.parent)
     try:
         os.rename(folder, destination)
     except OSError:
         if not destination.is_dir():
             raise
+    sync_folder(destination.parent)
+
+
+def publish_files(folder: Path, destination: Path) -> None:
+    """Move the finished files of a folder into another one, in place of those that have their names there.
+
+    Raises:
+        OSError: they cannot be moved.
+    """
+    sync_tree(folder)
+    make_folder(destination)
+    for name in sorted(os.listdir(folder)):
+        os.replace(folder / name, destination / name)
+    sync_folder(destination)
 
 
 @contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let one process after the other in, so that they do not all do the same work.
+def one_at_a_time(root: Path) -> Iterator[None]:
+    """Let one process after the other build under a dataset's folder, so that they do not all do the same work.
 
-    Only time depends on it: where the system or the file system has no locks, all of them work, and the first one's
-    `publish` counts.
+    Where the system or the file system has no locks, all of them work, and the first one's `publish` counts. Where it
+    has, what an interrupted build left is removed first.
+
+    Raises:
+        DataError: the folder cannot be written to.
     """
+    lock = Lock(root / CACHE / _LOCK)
+    with _writing(root):
+        make_folder(lock.path.parent)
+        lock.acquire(wait=True)
     try:
-        import fcntl
-    except ImportError:  # Windows
+        if lock.certain:
+            _sweep(root)
         yield
+    finally:
+        lock.release()
+
+
+def clean(root: Path) -> None:
+    """Remove what an interrupted build left under a dataset's folder, unless something is built there now."""
+    if not _scraps(root) and not os.path.lexists(root / CACHE / _LOCK):
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("w")
-    except OSError as error:
-        raise DataError(
-            f"{folder} cannot be written to ({error.strerror}); copy the data where you may write."
-        ) from None
-    with handle:
+    lock = Lock(root / CACHE / _LOCK)
+    with suppress(OSError):  # where nothing can be removed, nothing depends on it
+        if lock.acquire(wait=False):
+            if lock.certain:
+                _sweep(root)
+            lock.release()
+
+
+def _sweep(root: Path) -> None:
+    for folder in _scraps(root):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _scraps(root: Path) -> list[Path]:
+    found = []
+    for parent in (root, root / CACHE):
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            found += [parent / name for name in os.listdir(parent) if name.startswith(_SCRATCH)]
+    return found

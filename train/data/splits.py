@@ -25,7 +25,7 @@ class Splits:
         finish_train: what is left to do to a batch of `train` on the device, [B,...] of the items' type → float32; None
             where they are float32 and nothing is left.
         finish_val: the same for `val`.
-        notes: sentences about the data on disk that its user should read.
+        notes: sentences on what was left out, mended or is not there, for the user to read.
     """
 
     name: str

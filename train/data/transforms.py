@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from .autoaugment import AutoAugment
+from .draws import draw
 
 Transform = Callable[..., Tensor]
 
@@ -68,11 +69,6 @@ def _holes(draws: Tensor, height: int, width: int, side: int) -> Tensor:
         for axis, size in enumerate((height, width))
     )
     return ((down >= 0) & (down < side))[:, :, None] & ((right >= 0) & (right < side))[:, None, :]
-
-
-def draw(count: int) -> Tensor:
-    """Random numbers for `count` holes, int64 [count,2]."""
-    return torch.randint(2**31, (count, 2))
 
 
 class Cutout:

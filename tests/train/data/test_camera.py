@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from seal_fast.train.data import camera, event_folder, load
+from seal_fast.train.data import DataError, camera, event_folder, load
 from seal_fast.train.data.aedat import read_aedat
 from seal_fast.train.data.digits import read_digits
 
@@ -114,6 +114,24 @@ def test_foreign_files_are_left_alone(tmp_path, monkeypatch):
     load("DIGITS_DVS", tmp_path, role="teacher", time_steps=4)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "extract" / "cat").is_dir()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".DS_Store"])
+def test_a_class_folder_of_something_else(name, tmp_path, monkeypatch):
+    write = camera.write_digits
+    monkeypatch.setattr(event_folder, "write_digits", lambda root: write(root, per_class=1))
+    path = tmp_path / "extract" / "4" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(DataError) as caught:
+        load("DIGITS_DVS", tmp_path, role="teacher", time_steps=4)
+    assert caught.value.sentence == (
+        f"{tmp_path} has no recordings of 4: it holds extract, seal_fast_frames; move what {tmp_path}/extract holds "
+        "elsewhere, and the recordings will be made."
+    )
+    assert path.read_text() == "mine"
+    path.rename(tmp_path / name)
+    assert len(load("DIGITS_DVS", tmp_path, role="teacher", time_steps=4).train) == 9
 
 
 def test_lost_class_is_filmed_again(tmp_path):

@@ -24,7 +24,11 @@ def sentence(name, root):
         read(name, root)
     text = caught.value.sentence
     assert "\n" not in text
-    assert f'torchvision.datasets.{name}("{root}", download=True)' in text
+    # What is no proof of damage is no reason to delete, nor to have torchvision write over what is there.
+    broken = any(words in text for words in ("truncated or corrupt", "asks for"))
+    assert ("delete" in text) == broken
+    how_to_get = f'torchvision.datasets.{name}("{root}", download=True)'
+    assert (how_to_get in text) == (broken or any(words in text for words in ("is missing", "has no folder")))
     return text
 
 
@@ -120,13 +124,16 @@ def test_label_out_of_range(name, wrong, tmp_path):
     ("entries", "fault"),
     [
         ({"labels": [1, 2]}, "8 images and 2 labels"),
-        ({"labels": [1.5] * 8}, "no list of whole-number labels"),
-        ({"labels": "01234567"}, "no list of whole-number labels"),
-        ({"data": np.zeros((8, 3072), np.float32)}, "no images"),
-        ({"data": np.zeros((8, 3000), np.uint8)}, "no images"),
-        ({"data": np.zeros((), np.uint8)}, "no images"),
+        ({"labels": [1.5] * 8}, "holds a list as labels, where a list of whole numbers is expected"),
+        ({"labels": "01234567"}, "holds a str as labels"),
+        ({"labels": np.array(5)}, "holds an array of int64 and shape [] as labels"),
+        ({"labels": np.zeros((8, 1), np.int64)}, "holds an array of int64 and shape [8, 1] as labels"),
+        ({"labels": None}, "holds nothing as labels"),
+        ({"data": np.zeros((8, 3072), np.float32)}, "holds an array of float32 and shape [8, 3072] as data"),
+        ({"data": np.zeros((8, 3000), np.uint8)}, "where images as uint8 [N, 3072] are expected"),
+        ({"data": np.zeros((), np.uint8)}, "holds an array of uint8 and shape [] as data"),
         ({"data": np.zeros((0, 3072), np.uint8), "labels": []}, "0 images"),
-        ({"data": None}, "no images"),
+        ({"data": None}, "holds nothing as data"),
     ],
 )
 def test_wrong_content(entries, fault, tmp_path):
@@ -140,7 +147,9 @@ def test_wrong_content(entries, fault, tmp_path):
 def test_wrong_meta(tmp_path):
     path = makers.cifar10(tmp_path) / FOLDER["CIFAR10"] / META["CIFAR10"]
     change(path, label_names=["cat", "dog"])
-    assert f"{path} does not name 10 classes" in sentence("CIFAR10", tmp_path)
+    assert f"{path} holds 2 names as label_names, where 10 names of classes are expected" in sentence(
+        "CIFAR10", tmp_path
+    )
 
 
 class Payload:
@@ -172,3 +181,111 @@ def test_arrays_of_objects_are_refused(value, tmp_path):
     path = makers.cifar10(tmp_path) / FOLDER["CIFAR10"] / TRAIN["CIFAR10"]
     change(path, data=value)
     assert f"{path} asks for" in sentence("CIFAR10", tmp_path)
+
+
+@pytest.mark.parametrize("form", ["list of scalars", "array", "int32 array", "tuple"])
+@pytest.mark.parametrize("protocol", [2, 4, 5, "python2"])
+@NAMES
+def test_labels_as_numpy_numbers(name, protocol, form, tmp_path):
+    root = MAKE[name](tmp_path)
+    before = read(name, root).train.labels
+    path = root / FOLDER[name] / TRAIN[name]
+    key = {"CIFAR10": "labels", "CIFAR100": "fine_labels"}[name]
+    content = pickle.loads(path.read_bytes(), encoding="latin1")
+    labels = content[key]
+    content[key] = {
+        "list of scalars": [np.int64(label) for label in labels],
+        "array": np.array(labels),
+        "int32 array": np.array(labels, np.int32),
+        "tuple": tuple(labels),
+    }[form]
+    if protocol == "python2":
+        path.write_bytes(makers._pickled({name.encode(): value for name, value in content.items()}, protocol))
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+    after = read(name, root).train.labels
+    assert np.array_equal(after, before)
+    assert after.dtype == np.int64
+
+
+class OfObjects:
+    """Asks for a numpy scalar of a Python object, whose bytes would be an address."""
+
+    def __reduce__(self):
+        scalar = np.int64(1).__reduce__()[0]
+        return scalar, (np.dtype(object), b"\x10" * 8)
+
+
+class TooLong:
+    def __reduce__(self):
+        scalar = np.int64(1).__reduce__()[0]
+        return scalar, (np.dtype(np.int64), b"\x10" * 800)
+
+
+@pytest.mark.parametrize("value", [OfObjects(), TooLong(), np.void(b"12345678"), np.datetime64(3, "s")])
+def test_scalars_that_are_no_numbers_are_refused(value, tmp_path):
+    path = makers.cifar10(tmp_path) / FOLDER["CIFAR10"] / TRAIN["CIFAR10"]
+    change_raw(path, value)
+    assert f"{path} asks for" in sentence("CIFAR10", tmp_path)
+
+
+def change_raw(path, value):
+    content = pickle.loads(path.read_bytes(), encoding="latin1")
+    path.write_bytes(pickle.dumps({**content, "labels": [value]}, protocol=2))
+
+
+@NAMES
+def test_root_is_the_folder_of_the_batches(name, tmp_path):
+    root = MAKE[name](tmp_path)
+    before, after = read(name, root), read(name, root / FOLDER[name])
+    assert np.array_equal(before.train.images, after.train.images)
+    (root / FOLDER[name] / META[name]).unlink()
+    with pytest.raises(DataError) as caught:
+        read(name, root / FOLDER[name])
+    assert f'torchvision.datasets.{name}("{root}", download=True)' in caught.value.sentence
+
+
+@NAMES
+def test_packed(name, tmp_path):
+    root = tmp_path / "my data"
+    root.mkdir()
+    archive = {"CIFAR10": "cifar-10-python.tar.gz", "CIFAR100": "cifar-100-python.tar.gz"}[name]
+    (root / archive).touch()
+    with pytest.raises(DataError) as caught:
+        read(name, root)
+    command = f"tar -xzf '{root}/{archive}' -C '{root}'"
+    assert caught.value.sentence == (
+        f"{root} has no folder {FOLDER[name]}: it holds {archive}; unpack it with: {command}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "kind"),
+    [
+        ("CIFAR10", "cifar-10-batches-bin", "binary"),
+        ("CIFAR10", "cifar-10-batches-mat", "MATLAB"),
+        ("CIFAR100", "cifar-100-binary", "binary"),
+        ("CIFAR100", "cifar-100-matlab.tar.gz", "MATLAB"),
+    ],
+)
+def test_other_versions(name, folder, kind, tmp_path):
+    (tmp_path / folder).mkdir()
+    text = sentence(name, tmp_path)
+    assert f"it holds {folder}; {folder} is the {kind} version, and the Python version is read: get it with" in text
+
+
+@NAMES
+def test_root_is_one_level_too_high_or_too_low(name, tmp_path):
+    root = MAKE[name](tmp_path / "data")
+    (tmp_path / ".hidden").mkdir()
+    with pytest.raises(DataError) as caught:
+        read(name, tmp_path)
+    assert caught.value.sentence == (
+        f"{tmp_path} has no folder {FOLDER[name]}: it holds data; did you mean --data_path {root}?"
+    )
+    (root / "other").mkdir()
+    with pytest.raises(DataError) as caught:
+        read(name, root / "other")
+    assert caught.value.sentence == (
+        f"{root / 'other'} has no folder {FOLDER[name]}: it is empty; did you mean --data_path {root}?"
+    )

@@ -96,10 +96,22 @@ def test_names_of_nothing(name):
         canonical(name)
 
 
-@pytest.mark.parametrize(("given", "meant"), [("cifar10", "CIFAR10"), ("CIFAR10-DVS", "CIFAR10_DVS")])
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("cifar10", "CIFAR10"),
+        ("CIFAR-10", "CIFAR10"),
+        ("cifar-100", "CIFAR100"),
+        ("ImageNet", "imagenet"),
+        ("CIFAR10-DVS", "CIFAR10_DVS"),
+        ("mnist", "MNIST"),
+    ],
+)
 def test_unknown_name_says_the_closest(given, meant):
     with pytest.raises(ValueError, match=rf"did you mean {meant}\?$"):
         load(given, None, role="student", time_steps=4)
+    with pytest.raises(ValueError, match=rf"; got '{given}'; did you mean {meant}\?$"):
+        canonical(given)
 
 
 def test_unknown_name_lists_the_names():

@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
 import makers
 from seal_fast.train.data import DataError, load
@@ -15,6 +16,7 @@ def sentence(root):
     with pytest.raises(DataError) as caught:
         read(root)
     assert "\n" not in caught.value.sentence
+    assert "delete" not in caught.value.sentence
     return caught.value.sentence
 
 
@@ -29,7 +31,8 @@ def test_classes_are_the_folders(tmp_path):
 def test_missing_part(part, tmp_path):
     shutil.rmtree(makers.image_folder(tmp_path) / part)
     text = sentence(tmp_path)
-    assert f"{tmp_path / part} is missing" in text
+    other = {"train": "val", "val": "train"}[part]
+    assert text.startswith(f"{tmp_path} has no folder {part}: it holds {other}; get ImageNet")
     assert "image-net.org" in text
 
 
@@ -67,7 +70,7 @@ def test_empty_class(tmp_path):
     root = makers.image_folder(tmp_path)
     for path in (root / "train" / "n00000001").iterdir():
         path.rename(path.with_suffix(".txt"))
-    assert "without an image (n00000001)" in sentence(root)
+    assert "without an image (n00000001); fill them with images, whose names end in .jpg, .jpeg" in sentence(root)
 
 
 @pytest.mark.parametrize(
@@ -84,5 +87,93 @@ def test_unreadable_image(fault, workers, tmp_path):
         path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"no image\n"}[fault])
     with pytest.raises(DataError) as caught:
         next(iter(DataLoader(splits.val, num_workers=workers)))
-    assert caught.value.sentence.startswith(f"{path} cannot be read as an image")
-    assert "\n" not in caught.value.sentence
+    text = caught.value.sentence
+    if fault == "missing":
+        assert text == f"{path} cannot be read: no such file or directory."
+    else:
+        assert text.startswith(f"{path} cannot be read as an image (")
+    assert "\n" not in text
+    assert "delete" not in text
+    assert ("unpack it again" in text) == (fault in ("truncated", "empty"))
+
+
+def test_order_is_torchvisions(tmp_path):
+    """Folders in class folders, links among them, and names around the separator."""
+    root = makers.image_folder(tmp_path / "data")
+    for part in ("train", "val"):
+        folder = root / part / "n00000000"
+        for inner in ("b/c", "b-d", "a"):
+            (folder / inner).mkdir(parents=True)
+            shutil.copy(folder / f"{part}_0.JPEG", folder / inner / "x.PNG")
+        (folder / "b/c/link").symlink_to(tmp_path / "linked", target_is_directory=True)
+    (tmp_path / "linked").mkdir()
+    shutil.copy(root / "val/n00000001/val_1.JPEG", tmp_path / "linked/y.jpg")
+    splits = read(root)
+    for part, samples in (("train", splits.train), ("val", splits.val)):
+        expected = ImageFolder(root / part)
+        assert samples.samples == expected.samples
+        assert samples.classes == expected.classes
+    assert len(splits.train) == 3 + 4 + 3
+
+
+HIDDEN = ["._0.JPEG", ".ipynb_checkpoints/a.JPEG", "Thumbs.db", "desktop.ini", "__MACOSX/a.JPEG", "@eaDir/a.JPEG"]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("where", ["", "train", "train/n00000000"])
+def test_hidden_entries_are_no_samples_and_no_classes(where, name, tmp_path):
+    root = makers.image_folder(tmp_path)
+    before = read(root)
+    path = root / where / name
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(root / "train/n00000000/train_0.JPEG", path)
+    after = read(root)
+    assert after.classes == before.classes
+    assert after.train.samples == before.train.samples
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_class_of_hidden_entries_is_empty(name, tmp_path):
+    root = makers.image_folder(tmp_path)
+    for path in (root / "val/n00000000").iterdir():
+        path.unlink()
+    path = root / "val/n00000000" / name
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(root / "train/n00000000/train_0.JPEG", path)
+    assert "without an image (n00000000)" in sentence(root)
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_part_of_hidden_entries_is_empty(name, tmp_path):
+    root = makers.image_folder(tmp_path)
+    image = (root / "train/n00000000/train_0.JPEG").read_bytes()
+    shutil.rmtree(root / "val")
+    path = root / "val" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(image)
+    assert f"{root / 'val'} is empty" in sentence(root)
+
+
+def test_a_link_that_leads_round_in_a_circle(tmp_path):
+    """Torchvision takes each image of such a class forty times."""
+    root = makers.image_folder(tmp_path)
+    (root / "train/n00000001/again").symlink_to(root / "train/n00000001", target_is_directory=True)
+    assert "cannot be read: " in sentence(root)
+
+
+def test_root_is_one_level_too_high_or_too_low(tmp_path):
+    root = makers.image_folder(tmp_path / "data/imagenet")
+    assert sentence(root.parent) == (
+        f"{root.parent} has no folder train: it holds imagenet; did you mean --data_path {root}?"
+    )
+    assert sentence(root / "train") == (
+        f"{root / 'train'} has no folder train: it holds n00000000, n00000001; did you mean --data_path {root}?"
+    )
+
+
+def test_class_folders_alone_are_named(tmp_path):
+    for number in range(7):
+        (tmp_path / f"n{number}").mkdir()
+    (tmp_path / ".cache").mkdir()
+    text = sentence(tmp_path)
+    assert text.startswith(f"{tmp_path} has no folder train: it holds n0, n1, n2, n3, n4 and 2 more; get ImageNet")

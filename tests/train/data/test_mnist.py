@@ -1,5 +1,4 @@
 import gzip
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,11 @@ def sentence(root):
         read(root)
     text = caught.value.sentence
     assert "\n" not in text
-    assert f'torchvision.datasets.MNIST("{root}", download=True)' in text
+    # What is no proof of damage is no reason to delete, nor to have torchvision write over what is there.
+    broken = any(words in text for words in ("is truncated", "is too long"))
+    assert ("delete" in text) == broken
+    how_to_get = f'torchvision.datasets.MNIST("{root}", download=True)'
+    assert (how_to_get in text) == (broken or any(words in text for words in ("is missing", "has no train-images")))
     return text
 
 
@@ -106,7 +109,7 @@ def test_no_files(tmp_path):
 def test_root_is_a_file(tmp_path):
     path = tmp_path / "file"
     path.touch()
-    assert f"{path} has no {FILES[0]}" in sentence(path)
+    assert sentence(path) == f"{path} is no folder; name the folder that holds the data."
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -169,7 +172,13 @@ def test_truncated_gzip(keep, tmp_path):
     assert f"{path} is truncated or corrupt" in sentence(tmp_path)
 
 
-@pytest.mark.parametrize("place", [0, 2, 200, -8], ids=["magic", "method", "data", "checksum"])
+def test_something_else_named_gz(tmp_path):
+    path = makers.mnist(tmp_path, compressed=True) / RAW / f"{IMAGES}.gz"
+    path.write_bytes(gzip.decompress(path.read_bytes()))
+    assert sentence(tmp_path) == f"{path} is no gzip file: it begins with 0000 instead of 1f8b."
+
+
+@pytest.mark.parametrize("place", [2, 200, -8], ids=["method", "data", "checksum"])
 def test_corrupt_gzip(place, tmp_path):
     path = makers.mnist(tmp_path, compressed=True) / RAW / f"{IMAGES}.gz"
     content = bytearray(path.read_bytes())
@@ -215,10 +224,32 @@ def test_unreadable_file(compressed, tmp_path):
     path = makers.mnist(tmp_path, compressed=compressed) / RAW / f"{IMAGES}{'.gz' if compressed else ''}"
     path.unlink()
     path.symlink_to("/proc/self/mem")
-    assert f"{path} cannot be read (Input/output error); allow reading it" in sentence(tmp_path)
+    assert f"{path} cannot be read: input/output error." == sentence(tmp_path)
 
 
 def test_unreadable_root(tmp_path):
-    """Python 3.14 takes what cannot be looked up for missing."""
-    fault = f"has no {FILES[0]}" if sys.version_info >= (3, 14) else "cannot be read (File name too long)"
-    assert fault in sentence(tmp_path / ("x" * 300))
+    root = tmp_path / ("x" * 300)
+    assert sentence(root) == f"{root} cannot be read: file name too long."
+
+
+@pytest.mark.parametrize("folder", ["MNIST", "MNIST/raw"])
+def test_root_is_a_folder_of_torchvisions_layout(folder, tmp_path):
+    makers.mnist(tmp_path)
+    assert same(read(tmp_path), read(tmp_path / folder))
+    (tmp_path / RAW / LABELS).unlink()
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / folder)
+    assert f'torchvision.datasets.MNIST("{tmp_path}", download=True)' in caught.value.sentence
+
+
+def test_root_is_one_level_too_high(tmp_path):
+    makers.mnist(tmp_path / "digits", compressed=True)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path)
+    assert caught.value.sentence.endswith(f": it holds digits; did you mean --data_path {tmp_path / 'digits'}?")
+
+
+def test_what_lies_there_instead_is_named(tmp_path):
+    for name in ("mnist.npz", "notes.txt", ".DS_Store"):
+        (tmp_path / name).touch()
+    assert ": it holds mnist.npz, notes.txt; get it with" in sentence(tmp_path)
