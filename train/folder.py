@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import errno
 import itertools
@@ -74,11 +75,7 @@ class Run:
             if self.folder is None:
                 self.folder = _make(self._log_path, self._title)
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = disk.Lock(self.folder / LOCK)
-            if not lock.acquire(wait=False):
-                used = f"{self.folder} is used by {lock.holder()}; a run belongs to one process at a time"
-                raise UsageError(f"{self._flag}: {used}.")
-            self._lock = lock
+            self._lock = lock = self._locked()
             self._require_new()  # nobody has begun a run there meanwhile
             for path in self.folder.glob("*.partial"):
                 path.unlink(missing_ok=True)
@@ -89,8 +86,18 @@ class Run:
             print(f"{self.folder} cannot be locked: let no second process train in it.", flush=True)
         return self.folder
 
+    def _locked(self) -> disk.Lock:
+        lock = disk.Lock(self.folder / LOCK)
+        if not lock.acquire(wait=False):
+            used = f"{self.folder} is used by {lock.holder()}; a run belongs to one process at a time"
+            raise UsageError(f"{self._flag}: {used}.")
+        return lock
+
     def _require_new(self) -> None:
         if self.resumed is None and checkpoints(self.folder):
+            if self._lock is None:
+                with contextlib.suppress(OSError):
+                    self._locked().release()  # a run that goes on needs no advice
             raise UsageError(f"{self._flag}: {self.folder} already holds a run; go on with --resume {self.folder}.")
 
     def load(self, check: Callable[[dict, Path], None]) -> dict:

@@ -242,8 +242,8 @@ def _go_on(args: argparse.Namespace, epochs: int, state: State, run: Run) -> Non
         ranks.say(f"--num_epoch grows from {epochs}: the run becomes one of {args.num_epoch} epochs, {rates}.")
     if state.epoch >= args.num_epoch:
         raise UsageError(
-            f"--resume: the run in {run.folder} has already finished its {args.num_epoch} epochs; a larger --num_epoch "
-            "goes on with it."
+            f"--resume: the run in {run.folder} has finished (epoch {state.epoch} of {args.num_epoch}); a larger "
+            "--num_epoch goes on with it."
         )
 
 

@@ -115,7 +115,7 @@ def test_without_a_data_set_and_without_a_run_the_data_sets_are_named(capsys):
 
 def test_a_finished_run_says_that_it_may_have_more_epochs(run, capsys):
     sentence = error_of(capsys, distill.main, f"--resume {run}")
-    assert sentence.endswith("has already finished its 3 epochs; a larger --num_epoch goes on with it.")
+    assert sentence.endswith("has finished (epoch 3 of 3); a larger --num_epoch goes on with it.")
 
 
 def test_a_finished_run_gets_more_epochs(run, finished, capsys):
@@ -129,7 +129,7 @@ def test_a_finished_run_gets_more_epochs(run, finished, capsys):
     assert (content["epoch"], content["options"]["num_epoch"]) == (5, 5)
     assert content["best"]["accuracy"] >= torch.load(finished / "last.pt", weights_only=True)["best"]["accuracy"]
     # It is a run of five epochs now.
-    assert "already finished its 5 epochs" in error_of(capsys, distill.main, f"--resume {run}")
+    assert "has finished (epoch 5 of 5)" in error_of(capsys, distill.main, f"--resume {run}")
 
 
 def test_growing_at_once_or_after_an_interruption_is_the_same(run, tmp_path):

@@ -143,7 +143,7 @@ def test_configuration_names_the_commit(finished):
 
 def test_finished_run_is_not_resumed(finished, labels_only, capsys):
     assert distill.main(f"{labels_only} --num_epoch 3 --resume {finished}".split()) == 2
-    assert "already finished its 3 epochs" in capsys.readouterr().err
+    assert "has finished (epoch 3 of 3)" in capsys.readouterr().err
 
 
 def test_run_is_not_overwritten(finished, labels_only, capsys):
