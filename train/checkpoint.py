@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -63,7 +64,8 @@ def load(path: Path) -> dict:
             values, and arrays, numbers and options that are as harmless.
     """
     try:
-        with torch.serialization.safe_globals(harmless()):
+        with torch.serialization.safe_globals(harmless()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it cannot read is told below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"there is no checkpoint at {path}.") from None
@@ -81,13 +83,15 @@ def load(path: Path) -> dict:
 
 def _refused(error: pickle.UnpicklingError) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if not found:
+    if found:
+        told = f"it holds {found[1]}, which could run code when it is read"
+    elif "Unsupported operand" in str(error):
+        told = "it is pickled in another way than torch.save does it"
+    else:
         return "it holds something other than tensors and plain values, or is no checkpoint"
     # What runs code is for those to load who made it.
-    how = "torch.save(torch.load(OLD, weights_only=False).state_dict(), NEW)"
-    return (
-        f"it holds {found[1]}, which could run code when it is read; if you trust it, save its weights alone, as {how}"
-    )
+    how = 'torch.save(old["model"], NEW) after old = torch.load(OLD, weights_only=False)'
+    return f"{told}; if you trust it, save its weights alone: {how}, or old.state_dict() where it is a whole module"
 
 
 def best_of(path: str | Path) -> Path:

@@ -29,7 +29,7 @@ def resolve(args: argparse.Namespace, *, role: str) -> argparse.Namespace:
     Raises:
         UsageError: A value is out of range, or something that it names does not exist.
     """
-    args.asked = {name: getattr(args, name) for name in MACHINE}
+    args.asked = {name: getattr(args, name) for name in (*MACHINE, "num_epoch")}
     for flag in vars(args).pop("without_effect", ()):
         ranks.say(f"{flag} has no effect, as in the published scripts.")
     fill_in(args, role=role)
@@ -114,7 +114,7 @@ def _check_shared(args: argparse.Namespace) -> None:
     saving(args.save_every)
     for name in ("data_path", "tea_path", "init_from"):  # the same in whatever folder the run is resumed
         if getattr(args, name, None) is not None:
-            setattr(args, name, os.path.abspath(os.path.expanduser(getattr(args, name))))
+            setattr(args, name, os.path.abspath(getattr(args, name)))
     try:
         torch.zeros(1, device=args.device).cpu()
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError here
@@ -153,7 +153,7 @@ def saving(text: str) -> tuple[int, float]:
         UsageError: It says something else.
     """
     try:
-        steps, seconds = (0, 60 * float(text[:-1])) if text.endswith("m") else (int(text), 0.0)
+        steps, seconds = (0, 60 * float(text[:-1])) if str(text).endswith("m") else (int(text), 0.0)
     except ValueError:
         steps, seconds = -1, 0.0
     if steps < 0 or not 0 <= seconds < math.inf:

@@ -11,6 +11,7 @@ from seal_fast.train.checks import resolve
 from seal_fast.train.command import command
 from seal_fast.train.errors import StoppedError
 from seal_fast.train.options import Parser, distill_parser, teacher_parser
+from seal_fast.train.run import require
 
 LEFT = "what its runs have saved is whole, and the demo starts anew"
 STUDENTS = {"labels only": "ce", "uniform kd": "kd", "seal": "seal"}
@@ -33,6 +34,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.num_epoch is not None:
         shared += ["--num_epoch", str(args.num_epoch)]
     # Mistakes are found before the teacher is trained.
+    require(teacher_parser().parse_args(shared), trains=True)
     resolve(distill_parser().parse_args([*shared, "--T", str(args.T), "--method", "ce"]), role="student")
     print("Training the teacher, an ordinary ResNet-8, on 1,437 handwritten digits.", flush=True)
     taught = teacher.run(teacher_parser().parse_args(shared))

@@ -42,8 +42,13 @@ def write(content: bytes | memoryview, path: Path, before_rename: Callable[[], N
 
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the disk: a rename is lost with the power until then."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    try:
         _sync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what file systems answer that cannot do it
+            raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def sync_tree(folder: Path) -> None:
@@ -100,7 +105,7 @@ class Lock:
         if fcntl is None:
             return True
         while True:
-            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._handle = self._open()
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
@@ -121,6 +126,12 @@ class Lock:
             os.write(self._handle, f"process {os.getpid()} on {platform.node()} since {now}".encode())
         return True
 
+    def _open(self) -> int:
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # another user's, who was killed: on local disks it can be locked without writing to it
+            return os.open(self.path, os.O_RDONLY)
+
     def holder(self) -> str:
         """Who holds it, in words."""
         try:
@@ -130,10 +141,10 @@ class Lock:
 
     def release(self) -> None:
         """Let go of the file, and remove it."""
-        if self._handle is not None:
+        if self.certain:
             with contextlib.suppress(OSError):
                 self.path.unlink()
-            self._close()
+        self._close()
         self.certain = False
 
     def _is_at_its_path(self) -> bool:

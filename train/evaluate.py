@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -61,8 +62,16 @@ def run(args: argparse.Namespace) -> dict:
     before = "" if trained.accuracy is None else f"in training: {trained.accuracy:.2%}; "
     ranks.say(f"{before}{speed:.0f} images/s")
     if args.json is not None and ranks.first():
-        disk.write((json.dumps(found, indent=2) + "\n").encode(), Path(args.json))
+        _write(json.dumps(found, indent=2) + "\n", Path(os.path.realpath(args.json)))
     return found
+
+
+def _write(text: str, path: Path) -> None:
+    """Write a file whole or not at all; into a pipe or a device it goes as it is."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        disk.write(text.encode(), path)
 
 
 def options_of(trained: Trained, args: argparse.Namespace) -> argparse.Namespace:
@@ -129,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
     published.add_argument("--decay", type=float, help="membrane decay (default: per dataset)")
     published.add_argument("--thresh", type=float, help="firing threshold (default: 1)")
     published.add_argument("--v_reset", help="potential after a spike, or 'none' for soft reset (default: 0)")
-    found.add_argument("--data_path", help="folder of the dataset (default: as in training)")
+    found.add_argument("--data_path", type=os.path.expanduser, help="folder of the dataset (default: as in training)")
     found.add_argument(
         "--T", type=int, help="time steps, of events so many frames, which are made and kept (default: as in training)"
     )
@@ -138,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
     found.add_argument("--amp", choices=AMP, help="autocast (default: as in training)")
     found.add_argument("--backend", choices=("auto", *BACKENDS), help="kernels (default: as in training)")
-    found.add_argument("--json", metavar="FILE", help="write the figures to FILE, too")
+    found.add_argument("--json", metavar="FILE", type=os.path.expanduser, help="write the figures to FILE, too")
     return found
 
 

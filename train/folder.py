@@ -45,7 +45,9 @@ class Run:
         self._automatic = args.resume == "auto" or ranks.restarted()
         self._lock: disk.Lock | None = None
         self.folder, self.resumed = find(args, title)
-        if self._automatic and self.resumed is None:
+        if args.resume not in (None, "auto") and self.resumed is None:
+            print(f"{self.folder} has no checkpoint yet; its run begins anew.", flush=True)
+        elif self._automatic and self.resumed is None:
             print("There is no run to resume; a new one begins.", flush=True)
         if self.folder is not None:
             self._require_new()
@@ -78,10 +80,11 @@ class Run:
             self._lock = lock = self._locked()
             self._require_new()  # nobody has begun a run there meanwhile
             for path in self.folder.glob("*.partial"):
-                path.unlink(missing_ok=True)
+                if path.is_file():
+                    path.unlink(missing_ok=True)
         except OSError as error:
-            where = self.folder or self._log_path
-            raise UsageError(f"{self._flag}: the run's folder {where} cannot be used: {error.strerror}.") from error
+            where = f"the run's folder {self.folder or self._log_path} cannot be used"
+            raise UsageError(f"{self._flag}: {where}: {error.filename}: {error.strerror}.") from error
         if not lock.certain:
             print(f"{self.folder} cannot be locked: let no second process train in it.", flush=True)
         return self.folder
@@ -109,20 +112,22 @@ class Run:
         Raises:
             UsageError: It is of no use, nor is the one before it.
         """
+        last, previous = self.folder / LAST, self.folder / PREVIOUS
         try:
-            return _checked(self.resumed, check)
+            path, content = self.resumed, _checked(self.resumed, check)
         except UsageError as error:
-            previous = self.folder / PREVIOUS
-            if not self._automatic or self.resumed == previous or not previous.is_file():
+            if self.resumed == previous or not previous.is_file():
                 raise
+            if not self._automatic:
+                raise _with_remedy(error, self.resumed, previous) from error
             try:
-                content = _checked(previous, check)
+                path, content = previous, _checked(previous, check)
             except UsageError:
                 raise error from None
-            # Not to become the one before the next.
-            os.replace(self.resumed, self.resumed.with_name(f"{LAST}.refused"))
             print(f"{error} Going on from {previous}.", flush=True)
-            return content
+        if path == previous and last.exists():
+            os.replace(last, last.with_name(f"{LAST}.refused"))  # not to become the one before the next
+        return content
 
     def save(self, content: dict) -> None:
         """Write last.pt; the one before it becomes previous.pt."""
@@ -141,6 +146,15 @@ class Run:
         content = {"options": vars(args), "environment": environment(args.device), "started_by": ranks.started_by()}
         disk.write((json.dumps(content, indent=2) + "\n").encode(), self.folder / CONFIG)
         return self.folder
+
+
+def _with_remedy(error: UsageError, path: Path, previous: Path) -> UsageError:
+    """The error with what helps where the checkpoint itself is of no use, not the options."""
+    try:
+        checkpoint.load(path)
+    except UsageError:
+        return UsageError(f"{error} --resume {previous} goes on from the one before it.")
+    return error
 
 
 def check_place(args: argparse.Namespace) -> None:

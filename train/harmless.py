@@ -10,6 +10,7 @@ import re
 import struct
 
 _FORMATS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}
+_LONGEST = 4096  # characters of a path, as in Linux
 _FORMATS |= {"f2": "e", "f4": "f", "f8": "d"}
 
 
@@ -25,7 +26,7 @@ class DType:
     """
 
     def __init__(self, name: object = "", *_more):
-        self.name, self.order = str(name), "="
+        self.name, self.order = name if isinstance(name, str) else "", "="
 
     def __setstate__(self, state: object) -> None:
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|"):
@@ -51,8 +52,10 @@ def scalar(dtype: object = None, content: object = b"", *_more) -> bool | int | 
 
 
 def path(*parts: object) -> str:
-    """A path as text."""
-    return re.sub("/{2,}", "/", "/".join(map(str, parts)))
+    """A path as text; empty where it is none, as what was put together to fill the memory."""
+    if not all(isinstance(part, str) for part in parts) or sum(map(len, parts)) > _LONGEST:
+        return ""
+    return re.sub("/{2,}", "/", "/".join(parts))
 
 
 @functools.cache

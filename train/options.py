@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+from pathlib import Path
 
 from seal_fast.backends import BACKENDS
 from seal_fast.models import STUDENTS, TEACHERS
 from seal_fast.train import data
-from seal_fast.train.defaults import table
+from seal_fast.train.defaults import dataset_of, table
 from seal_fast.train.errors import UsageError
-from seal_fast.train.resume import options_to_resume
+from seal_fast.train.resume import difference, options_to_resume, place_to_resume
 
 METHODS = ("seal", "ela", "sta", "kd", "tdkd", "ce")
 OPTIMISERS = ("SGDM", "ADAM", "ADAMW")
@@ -83,18 +85,40 @@ class TrainerParser(Parser):
             named = looked.parse_known_args(args)[0].resume
         except argparse.ArgumentError:  # without a value: the whole parser says so
             named = None
-        if named not in (None, "auto"):
-            self.set_defaults(**self._resumed(named))
-        return super().parse_args(args, namespace)
+        if named in (None, "auto"):
+            return super().parse_args(args, namespace)
+        if not named:
+            self.error("--resume must be a folder, a checkpoint or 'auto'; got ''.")
+        named = os.path.expanduser(named)
+        folder, _ = place_to_resume(named)
+        saved = self._options_of(named)
+        self.set_defaults(**saved)
+        found = super().parse_args(args, namespace)
+        self._check_given(found, saved, folder)
+        return found
 
-    def _resumed(self, named: str) -> dict:
+    def _check_given(self, found: argparse.Namespace, saved: dict, folder: Path) -> None:
+        """See whether what was given beside --resume can hold; the rest is compared when all options are resolved."""
+        place = Path(found.log_path, found.run_name or folder.name)
+        asked = any(getattr(found, name) != saved.get(name) for name in ("log_path", "run_name"))
+        if asked and os.path.realpath(place) != os.path.realpath(folder):
+            flag = "--log_path" if found.run_name == saved.get("run_name") else "--run_name"
+            self.error(f"{flag} is for new runs; --resume {found.resume} goes on in that folder.")
+        # What else is said about data and teachers that these do not need would mislead.
+        known = {name: getattr(found, name) for name in ("method", "arch", "stu_arch") if name in saved}
+        other = difference(saved, argparse.Namespace(dataset=dataset_of(found.dataset), **known))
+        if other:
+            self.error(f"--resume: {found.resume} belongs to a run with other options: {other}.")
+
+    def _options_of(self, named: str) -> dict:
         saved = options_to_resume(named)
         role = "student" if "stu_arch" in saved else "teacher"
         if role != self.role:
             program = {"student": "seal-fast-distill", "teacher": "seal-fast-teacher"}[role]
             raise UsageError(f"--resume: {named} is the run of a {role}; {program} goes on with it.")
         # What was not asked for then follows from the machine, which may be another now.
-        saved = {**saved, **dict.fromkeys(MACHINE), **saved.get("asked", {})}
+        asked = saved.get("asked")
+        saved |= {name: asked.get(name) if isinstance(asked, dict) else None for name in MACHINE}
         known = {action.dest for action in self._actions} - {"resume", "help"}
         return {name: value for name, value in saved.items() if name in known}
 
@@ -147,7 +171,7 @@ def distill_parser() -> argparse.ArgumentParser:
         "--method", choices=METHODS, default="seal", help="objective; ce uses no teacher (default: %(default)s)"
     )
     loss.add_argument("--tea_arch", choices=TEACHERS, help="teacher network (default: per dataset)")
-    loss.add_argument("--tea_path", help="teacher checkpoint, or the folder of its run")
+    loss.add_argument("--tea_path", type=os.path.expanduser, help="teacher checkpoint, or the folder of its run")
     loss.add_argument("--alpha", type=float, help="weight of the teacher's term (default: 0.6)")
     loss.add_argument("--beta", type=float, help="weight of the temporal term (default: 0.15)")
     loss.add_argument(
@@ -178,18 +202,23 @@ def _without_effect(parser: argparse.ArgumentParser):
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=60, help="of all random numbers (default: %(default)s)")
     parser.add_argument("--dataset", help=", ".join(data.DATASETS))
-    parser.add_argument("--data_path", help="folder of the dataset; DIGITS needs none")
+    parser.add_argument("--data_path", type=os.path.expanduser, help="folder of the dataset; DIGITS needs none")
     parser.add_argument(
-        "--log_path", default="runs", help="folder that gets the run's own folder (default: %(default)s)"
+        "--log_path",
+        type=os.path.expanduser,
+        default="runs",
+        help="folder that gets the run's own folder (default: %(default)s)",
     )
     parser.add_argument("--run_name", help="name of the run's folder (default: what is trained, and the time)")
     parser.add_argument(
         "--resume",
+        type=os.path.expanduser,
         help="run folder or checkpoint to go on from, which needs no other option; or 'auto' for the newest run with "
         "these options",
     )
     parser.add_argument(
         "--init_from",
+        type=os.path.expanduser,
         help="start from the weights of this run folder, checkpoint, or published model_weights.pth; a readout of "
         "another number of classes starts anew",
     )

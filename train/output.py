@@ -66,4 +66,6 @@ def _open_standard_descriptors() -> None:
     number = 0
     while number <= 2:
         number = os.open(os.devnull, os.O_RDWR)
+        if number <= 2:
+            os.set_inheritable(number, True)
     os.close(number)

@@ -39,6 +39,8 @@ def check_environment() -> None:
     Raises:
         UsageError: One is missing, or is no number in its range.
     """
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        _number("TORCHELASTIC_RESTART_COUNT")
     if "WORLD_SIZE" not in os.environ or _number("WORLD_SIZE", least=1) == 1:
         return
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

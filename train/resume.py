@@ -51,8 +51,7 @@ def find(args: argparse.Namespace, title: str) -> tuple[Path | None, Path | None
     """
     named = Path(args.log_path, args.run_name) if args.run_name else None
     if args.resume not in (None, "auto"):
-        path = checkpoint_to_resume(args.resume)
-        return path.parent, path
+        return place_to_resume(args.resume)
     if args.resume is None and not ranks.restarted():
         return named, None
     folders = [named] if named else list(Path(args.log_path).glob(f"{glob.escape(title)}-*"))
@@ -71,20 +70,25 @@ def _newest(paths: Iterable[Path]) -> Path | None:
     return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def checkpoint_to_resume(named: str) -> Path:
-    """The checkpoint that --resume names: itself, or the last one of a run's folder.
+def place_to_resume(named: str) -> tuple[Path, Path | None]:
+    """The folder of the run that --resume names, and the checkpoint: itself, or the folder's last one.
+
+    There is no checkpoint in the folder of a run that ended before its first one: it begins again.
 
     Raises:
-        UsageError: There is none.
+        UsageError: There is neither a checkpoint nor such a folder.
     """
     path = Path(named)
     if ranks.restarted() and os.path.isfile(path):
         path = path.parent  # where it has gone on since
     if os.path.isdir(path):
-        path = (checkpoints(path) or [path / LAST])[0]
+        found = checkpoints(path)
+        if not found and _config(path):
+            return path, None
+        path = (found or [path / LAST])[0]
     if not os.path.isfile(path):
         raise UsageError(f"--resume: there is no checkpoint at {path}.")
-    return path
+    return path.parent, path
 
 
 def options_to_resume(named: str) -> dict:
@@ -93,10 +97,12 @@ def options_to_resume(named: str) -> dict:
     Raises:
         UsageError: There is no checkpoint, or neither file has them.
     """
-    path = checkpoint_to_resume(named)
-    options = _config(path.parent).get("options") or checkpoint.load(path).get("options")
+    folder, path = place_to_resume(named)
+    options = _config(folder).get("options")
+    if not options and path is not None:
+        options = checkpoint.load(path).get("options")
     if not isinstance(options, dict):
-        raise UsageError(f"--resume: {path} does not say with which options its run began.")
+        raise UsageError(f"--resume: {path or folder} does not say with which options its run began.")
     return options
 
 
@@ -118,11 +124,12 @@ def _same(saved: dict, args: argparse.Namespace) -> bool:
 def difference(saved: dict, args: argparse.Namespace) -> str:
     """The first option in which a saved run computes something else than `args`, in words; empty if there is none.
 
-    More epochs than it was to have are no difference.
+    More epochs than it was to have are no difference, where the command asks for them.
     """
     for name, value in vars(args).items():
         before = saved.get(name)
-        if name in FREE_ON_RESUME or value == before or (name == "num_epoch" and value > (before or 0)):
+        grows = name == "num_epoch" and args.asked.get(name) and value > (before or 0)
+        if name in FREE_ON_RESUME or value == before or grows:
             continue
         return f"--{name} was {before} and is {value}{'; it may only grow' if name == 'num_epoch' else ''}"
     return ""

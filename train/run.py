@@ -88,6 +88,22 @@ def _loading(args: argparse.Namespace, signals: Signals | None) -> dict:
     }
 
 
+def require(args: argparse.Namespace, *, trains: bool) -> None:
+    """See whether what a run needs is there: torchrun's variables, packages, and a place for its folder.
+
+    Args:
+        args: Parsed options.
+        trains: Whether it leaves a run's folder.
+
+    Raises:
+        UsageError: Something is missing.
+    """
+    ranks.check_environment()
+    require_packages(args.dataset, logs=trains)
+    if trains and args.resume in (None, "auto") and ranks.first():
+        check_place(args)
+
+
 def prepare(args: argparse.Namespace, role: str, *, trains: bool = True) -> argparse.Namespace:
     """Check what the run needs, resolve its options, meet the other ranks, seed, and let memory be reused.
 
@@ -99,10 +115,7 @@ def prepare(args: argparse.Namespace, role: str, *, trains: bool = True) -> argp
     Raises:
         UsageError: Something is missing or wrong.
     """
-    ranks.check_environment()
-    require_packages(args.dataset, logs=trains)
-    if trains and args.resume in (None, "auto") and ranks.first():
-        check_place(args)
+    require(args, trains=trains)
     args = resolve(args, role=role)
     ranks.start(torch.device(args.device))
     reuse_freed_memory()
@@ -211,7 +224,8 @@ def _train(args: argparse.Namespace, task, splits: data.Splits, run: Run, *, spi
                 ranks.from_first(checkpoint.save, content, run.folder / checkpoint.BEST)
             save(0, None)
             ranks.from_first(log.plot, result["raster"], state.best["epoch"], at_once=epoch == args.num_epoch)
-            keeper.after_epoch()
+            if epoch < args.num_epoch:  # else the run has ended, and cannot go on
+                keeper.after_epoch()
     best = state.best
     ranks.say(f"best accuracy {best['accuracy']:.2%} (epoch {best['epoch']}); everything is in {run.folder}")
     if calls := spike_conv.calls - calls_before:

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Iterator
 
 # Exit codes. A shell gives 130 to a program that Ctrl-C ended; 75 is EX_TEMPFAIL of sysexits.h, which a scheduler can
-# take for "start it again". A terminal that closes sends SIGHUP, Slurm's --signal=USR1@120 SIGUSR1 before a time limit.
+# take for "start it again". A terminal that closes sends SIGHUP, Slurm's --signal=USR1@120 SIGUSR1 before a time limit;
+# torchrun hands on SIGTERM, SIGHUP and SIGINT, but SIGUSR1 ends it.
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 CODES |= {getattr(signal, name): 75 for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)}  # Windows has neither
 
@@ -84,7 +85,8 @@ def leave_to_trainer(training: multiprocessing.synchronize.Event, _worker: int =
     context, SIGTERM is what ends such a process.
     """
     for number in CODES:
-        signal.signal(number, lambda *_: None if training.is_set() else os._exit(0))
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None if training.is_set() else os._exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)

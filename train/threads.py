@@ -43,9 +43,13 @@ def too_many_threads() -> str:
         return ""
     each = f" in each of {local} processes" if local > 1 else ""
     return (
-        f"torch computes on {threads} threads{each}, and {usable} processors are there: set "
+        f"torch computes on {threads} threads{each}, where this run may use {_processors(usable)}: set "
         f"OMP_NUM_THREADS={max(1, usable // local)}."
     )
+
+
+def _processors(number: int) -> str:
+    return f"{number} processor{'s' if number > 1 else ''}"
 
 
 def runnable() -> int | None:
@@ -85,7 +89,10 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._end.wait(self._every):
-            self._counts.append(self._count())
+            count = self._count()
+            if count is None:
+                return
+            self._counts.append(count)
             if len(self._counts) < COUNTS:
                 continue
             mean = statistics.fmean(self._counts)
@@ -101,6 +108,6 @@ class Watch:
         there, threads = os.cpu_count() or 1, torch.get_num_threads()
         fewer = max(1, threads - math.ceil(mean - there))
         return (
-            f"{mean:.1f} threads want to run on this machine's {there} processors, {threads} of torch among them: "
+            f"{mean:.1f} threads want to run on this machine's {_processors(there)}, {threads} of torch among them: "
             f"OMP_NUM_THREADS={fewer} may be many times as fast."
         )

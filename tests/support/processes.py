@@ -53,6 +53,15 @@ class Trainer:
             assert time.monotonic() < end, f"no {text!r} in: {self.output.read_text()}"
             time.sleep(0.01)
 
+    def workers(self, number: int) -> list[int]:
+        """Wait until it has so many child processes, which load data."""
+        end = time.monotonic() + 60
+        while len(found := children(self.process.pid)) < number:
+            assert self.process.is_alive(), self.output.read_text()
+            assert time.monotonic() < end, f"it has {len(found)} processes"
+            time.sleep(0.01)
+        return found
+
     def send(self, number: signal.Signals) -> None:
         """Send it a signal, if it still runs."""
         if self.process.is_alive():
@@ -120,6 +129,8 @@ def _main(program: str, options: str, output: Path, digits: int | None, dies_at:
     os.dup2(file, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     os.environ.update(environment)
+    # Not the fork server that has made this process: as in a trainer of its own, what loads data are its children.
+    multiprocessing.set_start_method("fork", force=True)
     if dies_at is not None:
         _die_at(dies_at)
     code = trainer(program, options, digits)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import makers
-from processes import Trainer, children
+from processes import Trainer
 from seal_fast.train import data
 from seal_fast.train.feed import Feed
 from seal_fast.train.folder import LAST, PREVIOUS
@@ -108,8 +108,7 @@ def test_data_that_is_lost_during_a_run(fault, tmp_path):
 def test_death_of_a_worker(tmp_path):
     trainer = run(tmp_path, "--num_workers 2 --num_epoch 50", digits=None)
     wait_for(tmp_path / "run" / LAST, trainer)
-    (server,) = children(trainer.process.pid)  # a process that a fork server started has one of its own
-    first, *_ = children(server)
+    first, _ = trainer.workers(2)
     os.kill(first, signal.SIGKILL)
     assert "a process that loads data died" in error_of(trainer, 1)
     assert_whole(tmp_path / "run")

@@ -79,15 +79,24 @@ def test_a_second_start_ends_with_2_and_the_first_goes_on(second, flag, tmp_path
 
 
 def test_the_lock_is_free_at_once_after_a_kill_though_processes_that_load_data_live_on(tmp_path):
-    first = start(tmp_path, "--run_name run --num_epoch 4 --num_workers 2")
-    first.wait_for("epoch 1/4: ")
-    first.send(signal.SIGKILL)
-    assert first.code() == -signal.SIGKILL
-    run = tmp_path / "logs" / "run"
-    assert (run / folder.LOCK).exists()
-    (run / "best.pt.partial").write_bytes(b"half")
-    second = start(tmp_path, f"--resume {run} --num_workers 0 --num_epoch 4", "second.txt")
-    assert second.code() == 0, second.lines()
+    first = start(tmp_path, "--run_name run --num_epoch 100 --num_workers 2")
+    first.wait_for("epoch 1/100: ")
+    workers = first.workers(2)
+    try:
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)  # they would see soon that they are alone
+        first.send(signal.SIGKILL)
+        assert first.code() == -signal.SIGKILL
+        run = tmp_path / "logs" / "run"
+        assert (run / folder.LOCK).exists()
+        (run / "best.pt.partial").write_bytes(b"half")
+        second = start(tmp_path, f"--resume {run} --num_workers 0 --num_epoch 100", "second.txt")
+        second.wait_for("epoch 2/100: ")
+        second.send(signal.SIGTERM)
+        assert second.code() == 75, second.lines()
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
     assert [path.name for path in run.iterdir() if path.name.startswith(".") or path.suffix == ".partial"] == []
 
 

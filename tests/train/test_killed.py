@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from processes import Trainer, children
+from processes import Trainer
 
 TIMING = ("seconds", "images_per_second", "data_wait")
 FEW = 300  # digits: 240 to train on, in eight steps
@@ -108,7 +108,7 @@ def test_neither_worker_processes_nor_a_resume_inside_an_epoch_change_a_run(opti
     """SIGTERM to the whole process group, as schedulers send it; the workers outlive it until the step is done."""
     trainer = run(f"{options} --num_workers 2", tmp_path, "terminated", digits=FEW)
     trainer.wait_for("run folder")
-    for child in children(trainer.process.pid):
+    for child in trainer.workers(2):
         os.kill(child, signal.SIGTERM)
     trainer.send(signal.SIGTERM)
     assert trainer.code() == 75

@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 import processes
+from seal_fast.train import teacher
 from terminal import COLUMNS, Terminal
 
 # Few digits, and the streams that the test chose.
@@ -73,7 +75,8 @@ def test_a_terminal_that_closes_saves_the_run(tmp_path):
     terminal.wait_for("epoch 2/50 ")
     terminal.close()
     assert terminal.code() == 75
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] > 0
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert (saved["epoch"], saved["step"]) > (0, 0)
     assert sorted(path.name for path in (tmp_path / "run").glob(".*")) == []
 
 
@@ -83,22 +86,39 @@ def test_a_signal_to_the_whole_group_saves_the_run(number, tmp_path):
     options = f"{OPTIONS} --log_path {tmp_path} --run_name run --num_epoch 50 --save_every 0 --num_workers 2"
     trainer = processes.Trainer(options, tmp_path / "output.txt", program="teacher", digits=300)
     trainer.wait_for("run folder")
-    for child in processes.children(trainer.process.pid):
+    for child in trainer.workers(2):
         os.kill(child, number)
     trainer.send(number)
     assert trainer.code() == 75
     told = f"stopped by {number.name}; all is saved, and seal-fast-teacher --resume {tmp_path}/run goes on."
     assert trainer.lines()[-1] == f"seal-fast-teacher: {told}"
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] > 0
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert (saved["epoch"], saved["step"]) > (0, 0)
 
 
 def test_nohup_holds(tmp_path):
-    process = start(["nohup", *command(tmp_path, "--num_epoch 4")])
-    until(process, "epoch 1/4: ")
+    process = start(["nohup", *command(tmp_path, "--num_epoch 500 --num_workers 1")])
+    until(process, "epoch 1/500: ")
+    os.killpg(process.pid, signal.SIGHUP)
+    for epoch in range(2, 5):  # one may have been written before the signal
+        until(process, f"epoch {epoch}/500: ")
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert epochs(tmp_path) >= 4
+
+
+def test_nohup_holds_for_an_evaluation_too(tmp_path):
+    """Its processes that load data belong to no training."""
+    assert teacher.main(f"{OPTIONS} --num_epoch 1 --log_path {tmp_path} --run_name run --num_workers 0".split()) == 0
+    words = [sys.executable, "-m", "seal_fast.train.evaluate", str(tmp_path / "run"), "--num_workers", "2"]
+    process = start(["nohup", *words, "--val_batch_size", "2"])
+    until(process, "run/best.pt: ")
+    while process.poll() is None and len(processes.children(process.pid)) < 2:
+        time.sleep(0.01)
     os.killpg(process.pid, signal.SIGHUP)
     process.communicate(timeout=60)
     assert process.returncode == 0
-    assert epochs(tmp_path) == 4
 
 
 def test_the_demo_says_what_can_go_on(tmp_path):
