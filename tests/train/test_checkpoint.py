@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from seal_fast.train import checkpoint
+from seal_fast.train import checkpoint, harmless
 from seal_fast.train.checkpoint import load_teacher
 from seal_fast.train.errors import UsageError
 
@@ -93,17 +93,41 @@ def test_what_could_run_code_is_refused_wherever_it_is(where, tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_whole_module_is_refused_with_the_way_to_save_its_weights(tmp_path):
+class Configuration:
+    """Of a program that is not at hand where a checkpoint is read."""
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_refused_comes_with_the_way_to_save_its_weights(whole, tmp_path):
     network = torch.nn.Linear(2, 2)
-    torch.save(network, tmp_path / "old.pt")
+    torch.save(network if whole else {"model": network.state_dict(), "of": Configuration()}, tmp_path / "old.pt")
     with pytest.raises(UsageError) as caught:
         checkpoint.load(tmp_path / "old.pt")
-    how = "torch.save(torch.load(OLD, weights_only=False).state_dict(), NEW)"
-    assert str(caught.value).endswith(f"torch.nn.modules.linear.Linear, which could run code when it is read; if you "
-                                      f"trust it, save its weights alone, as {how}.")  # fmt: skip
-    old, new = f"'{tmp_path}/old.pt'", f"'{tmp_path}/new.pt'"
-    exec(how.replace("OLD", old).replace("NEW", new), {"torch": torch})
+    assert ("Linear" if whole else "Configuration") + ", which could run code when it is read" in str(caught.value)
+    how = 'torch.save(old["model"], NEW) after old = torch.load(OLD, weights_only=False)'
+    assert f"save its weights alone: {how}, or old.state_dict() where it is a whole module." in str(caught.value)
+    save, old = how.replace("OLD", f"'{tmp_path}/old.pt'").replace("NEW", f"'{tmp_path}/new.pt'").split(" after ")
+    if whole:
+        save = save.replace('old["model"]', "old.state_dict()")
+    exec(f"{old}; {save}", {"torch": torch})
     assert list(checkpoint.weights_of(checkpoint.load(tmp_path / "new.pt"))) == ["weight", "bias"]
+
+
+def test_another_protocol_of_pickle_is_named(tmp_path, recwarn):
+    torch.save({"net": {"weight": torch.ones(1)}, "bytes": b"x"}, tmp_path / "a.pt", pickle_protocol=4)
+    with pytest.raises(UsageError, match=r"refused: it is pickled in another way than torch\.save does it; if"):
+        checkpoint.load(tmp_path / "a.pt")
+    assert not recwarn.list
+
+
+def test_a_path_that_would_fill_the_memory_is_none():
+    parts = "a" * 1000
+    for _ in range(26):
+        parts = harmless.path(parts, parts)
+        assert len(parts) < 5000
+    assert harmless.path("/a", "b") == "/a/b"
+    assert harmless.path(["a"] * 2) == ""
+    assert harmless.DType(["f8"]).name == ""
 
 
 def test_a_checkpoint_that_cannot_be_read(tmp_path, monkeypatch):

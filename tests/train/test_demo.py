@@ -5,6 +5,23 @@ import pytest
 from seal_fast.train import demo
 
 
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but"),
+        ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT must be a whole number"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_else(variables, expected, monkeypatch, tmp_path, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert demo.main(["--log_path", str(tmp_path / "logs")]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert f"seal-fast-demo: error: {expected}" in output.err
+
+
 def test_table_shows_accuracy_at_each_step_and_the_firing_rate():
     shown = demo.table([("teacher", [0.99, 0.99], None), ("SNN, seal", [0.5, 0.975], 0.125)], 2)
     header, teacher, student = shown.splitlines()

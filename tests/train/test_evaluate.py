@@ -1,9 +1,11 @@
 """A run's best network is loaded again, and evaluated as its training did."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -187,6 +189,21 @@ def test_mistakes_of_the_command_are_told(runs, tmp_path, capsys):
     fewer = {**content, "num_classes": 4, "best_net": {**weights, **{name: weights[name][:4] for name in classifier}}}
     torch.save(fewer, tmp_path / "fewer.pt")
     assert "tells 4 classes apart; DIGITS has 10" in sentence(capsys, tmp_path / "fewer.pt")
+
+
+def test_figures_go_into_a_pipe_or_through_a_link(runs, tmp_path):
+    folder, pipe, link = runs["teacher"]["folder"], tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "figures.json")
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    for path in (pipe, link):
+        assert evaluate.main([str(folder), "--json", str(path)]) == 0
+    reader.join(60)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert json.loads(read[0]) == json.loads((tmp_path / "figures.json").read_text())
 
 
 def test_figures_that_cannot_be_written(runs, tmp_path, capsys):

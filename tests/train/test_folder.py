@@ -176,6 +176,16 @@ def test_a_place_that_cannot_be_written_to(tmp_path, monkeypatch):
         folder.check_place(arguments(tmp_path, log_path=f"{tmp_path}/a/b"))
 
 
+def test_what_is_in_the_way_is_named(tmp_path):
+    (tmp_path / "name" / folder.LOCK).mkdir(parents=True)
+    (tmp_path / "name" / "x.partial").mkdir()
+    with folder.Run(arguments(tmp_path, run_name="name"), "title") as run:
+        with pytest.raises(UsageError, match=rf"--run_name: .*cannot be used: {tmp_path}/name/\.lock: Is a directory"):
+            run.claim()
+        (tmp_path / "name" / folder.LOCK).rmdir()
+        run.claim()
+
+
 def test_a_file_system_without_locks_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(folder.disk, "fcntl", None)
     with folder.Run(arguments(tmp_path, run_name="name"), "title") as run:

@@ -7,36 +7,59 @@ from pathlib import Path
 import pytest
 
 import processes
-from seal_fast.train import command
+from seal_fast.train import checks, command, distill
+from seal_fast.train.errors import UsageError
 
 OPTIONS = "--dataset DIGITS --method ce --device cpu --num_epoch 1 --train_batch_size 32"
 
 
-@pytest.mark.parametrize(
-    ("package", "module"),
-    [
-        ("torchvision", "torchvision"),
-        ("scikit-learn", "sklearn"),
-        ("tensorboard", "tensorboard"),
-        ("matplotlib", "matplotlib"),
-        ("tqdm", "tqdm"),
-        ("numpy", "numpy"),
-    ],
-)
-def test_a_package_that_is_missing_is_named_before_anything_starts(package, module, tmp_path):
+def test_a_package_that_is_missing_is_named_before_anything_starts(tmp_path):
+    """Of what is imported with the trainers, in a process that never had it."""
     words = f"{OPTIONS} --log_path {tmp_path}/logs".split()
     text = (
-        f"import sys; sys.modules[{module!r}] = None\n"
+        "import sys; sys.modules.update(dict.fromkeys(['torchvision', 'tqdm', 'PIL']))\n"
         "from seal_fast.train import distill\n"
         f"sys.exit(distill.main({words}))"
     )
     result = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stderr
-    line = result.stderr.splitlines()[-1]
-    assert line.startswith(f"seal-fast-distill: error: {package} is needed: pip install 'seal-fast[train]' (")
-    assert module in line
+    (line,) = result.stderr.splitlines()
+    told = "seal-fast-distill: error: torchvision is needed: pip install 'seal-fast[train]' ("
+    assert line.startswith(told)
     assert result.stdout == ""
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [
+        ("numpy", "numpy"),
+        ("tqdm", "tqdm"),
+        ("scikit-learn", "sklearn.datasets"),
+        ("tensorboard", "torch.utils.tensorboard"),
+        ("matplotlib", "matplotlib.figure"),
+    ],
+)
+def test_each_package_is_looked_for(package, module, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert distill.main(f"{OPTIONS} --log_path {tmp_path}/logs".split()) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"seal-fast-distill: error: {package} is needed: pip install 'seal-fast[train]' (")
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_package_that_does_not_fit_is_named(monkeypatch):
+    def fail(_name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(checks.importlib, "import_module", fail)
+    with pytest.raises(UsageError, match=r"numpy is needed: .*operator torchvision::nms does not exist"):
+        checks.require_packages("CIFAR10", logs=False)
+
+
+def test_an_evaluation_needs_no_plots(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    checks.require_packages("DIGITS", logs=False)
 
 
 CAUGHT = """Caught RuntimeError in DataLoader worker process 0.

@@ -5,13 +5,14 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from processes import Trainer
-from seal_fast.train import distill, options, teacher
+from seal_fast.train import distill, options, plots, teacher
 from seal_fast.train.data import digits
 
 FEW = 300
@@ -91,6 +92,82 @@ def test_an_option_that_contradicts_the_run_is_refused(run, capsys):
     assert "--num_epoch was 3 and is 2; it may only grow" in error_of(
         capsys, distill.main, f"--resume {run} --num_epoch 2"
     )
+
+
+def test_a_default_does_not_grow_a_run(run, capsys):
+    """The command that began it had --num_epoch; the one that resumes it has forgotten it."""
+    words = f"{OPTIONS} --log_path {run.parent} --run_name run --resume auto"
+    assert "--num_epoch was 3 and is 10" in error_of(capsys, distill.main, words)
+    assert distill.main(f"{words} --num_epoch 4".split()) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--dataset CIFAR10", "belongs to a run with other options: --dataset was DIGITS and is CIFAR10."),
+        ("--method kd", "belongs to a run with other options: --method was ce and is kd."),
+        ("--run_name other", "--run_name is for new runs; --resume {run} goes on in that folder."),
+        ("--log_path {run}/other", "--log_path is for new runs; --resume {run} goes on in that folder."),
+    ],
+)
+def test_what_is_given_beside_a_run_is_compared_first(given, expected, run, capsys):
+    sentence = error_of(capsys, distill.main, f"--resume {run} --num_epoch 4 {given.format(run=run)}")
+    assert sentence.endswith(expected.format(run=run))
+
+
+def test_the_name_of_the_run_itself_may_be_given(run):
+    args = options.distill_parser().parse_args(f"--resume {run} --log_path {run.parent} --run_name run".split())
+    assert args.run_name == "run"
+
+
+def test_an_empty_variable_names_no_run(capsys):
+    assert distill.main(["--resume", ""]) == 2
+    assert "--resume must be a folder, a checkpoint or 'auto'; got ''." in capsys.readouterr().err
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(run, finished, capsys):
+    for name in ("last.pt", "previous.pt", "best.pt", "metrics.csv"):
+        (run / name).unlink()
+    assert distill.main(["--resume", str(run)]) == 0
+    assert f"{run} has no checkpoint yet; its run begins anew.\n" in capsys.readouterr().out
+    ends = [torch.load(path / "last.pt", weights_only=True)["net"] for path in (finished, run)]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_a_configuration_that_holds_something_else(run):
+    content = json.loads((run / "config.json").read_text())
+    content["options"] |= {"asked": 5, "save_every": 5}
+    (run / "config.json").write_text(json.dumps(content))
+    assert distill.main(["--resume", str(run), "--num_epoch", "4"]) == 0
+
+
+@pytest.mark.parametrize("dies_at", [3, 6, 7])
+def test_going_on_from_the_one_before_keeps_a_whole_checkpoint_at_each_moment(dies_at, run, capsys):
+    """The damaged last one must not become the one before the next."""
+    whole = (run / "last.pt").read_bytes()
+    (run / "previous.pt").unlink()
+    (run / "previous.pt").write_bytes(whole)
+    (run / "last.pt").unlink()
+    (run / "last.pt").write_bytes(whole[: len(whole) // 2])
+    damaged = error_of(capsys, distill.main, f"--resume {run} --num_epoch 5")
+    assert damaged.endswith(f"--resume {run}/previous.pt goes on from the one before it.")
+    command = f"--resume {run}/previous.pt --num_epoch 5"
+    trainer = Trainer(command, run.parent / "output.txt", digits=FEW, dies_at=dies_at)
+    assert trainer.code() != 0
+    found = []
+    for name in ("last.pt", "previous.pt"):
+        try:
+            found.append(torch.load(run / name, weights_only=True)["epoch"])
+        except (OSError, RuntimeError):
+            continue
+    assert found
+    assert distill.main(["--resume", str(run), "--num_epoch", "5"]) == 0
+
+
+def test_a_signal_after_the_last_epoch_does_not_end_the_run_otherwise(run, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "plot_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert distill.main(["--resume", str(run), "--num_epoch", "4"]) == 0
+    assert "best accuracy" in capsys.readouterr().out
 
 
 def test_a_student_s_run_is_not_for_the_teacher_s_trainer(run, capsys):
