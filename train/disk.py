@@ -8,6 +8,7 @@ import errno
 import os
 import platform
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 try:
@@ -17,6 +18,7 @@ except ImportError:  # Windows
 
 # What file systems without locks answer, NFS without its lock daemon among them.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+_SYNCS = 8  # files that are brought to the disk at once
 
 
 def write(content: bytes | memoryview, path: Path, before_rename: Callable[[], None] = lambda: None) -> None:
@@ -57,10 +59,11 @@ def sync_tree(folder: Path) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            _sync(Path(parent, name))
-        sync_folder(Path(parent))
+    # Thousands of files one after the other would wait for the disk each time.
+    with ThreadPoolExecutor(_SYNCS) as pool:
+        for parent, _, names in os.walk(folder):
+            list(pool.map(_sync, (Path(parent, name) for name in names)))
+            sync_folder(Path(parent))
 
 
 def _sync(path: Path) -> None:

@@ -16,6 +16,7 @@ from .folders import hidden, is_file, is_folder, shortened, unreadable
 
 SUFFIX = ".aedat"
 _PLACES = ("download", ".")  # under the dataset's root
+_BLOCK = 4096  # bytes of a recording that are compared first: those of another one differ here
 
 
 class ArchiveError(DataError):
@@ -82,10 +83,15 @@ def read_archive(path: Path, class_name: str, classes: tuple[str, ...]) -> Archi
     return Archive(path, members)
 
 
-def read_archives(root: Path, classes: tuple[str, ...]) -> tuple[dict[str, Archive], dict[str, DataError]]:
+def read_archives(
+    root: Path, classes: tuple[str, ...], without: dict[Path, DataError]
+) -> tuple[dict[str, Archive], dict[str, DataError]]:
     """Archives by class, the fullest one of each, and for classes whose archives cannot be used, why.
 
-    They are named <class>.zip and lie in root/download or in root itself.
+    Args:
+        root: they lie in root/download or in root itself, and are named <class>.zip.
+        classes: names of the classes.
+        without: archives that are known to be of no use, and why.
     """
     found: dict[str, Archive] = {}
     faults: dict[str, DataError] = {}
@@ -95,6 +101,8 @@ def read_archives(root: Path, classes: tuple[str, ...]) -> tuple[dict[str, Archi
             try:
                 if not is_folder(path.parent) or not is_file(path):
                     continue
+                if path in without:
+                    raise without[path]
                 archive = read_archive(path, class_name, classes)
             except DataError as error:
                 faults.setdefault(class_name, error)
@@ -102,6 +110,29 @@ def read_archives(root: Path, classes: tuple[str, ...]) -> tuple[dict[str, Archi
             if class_name not in found or len(archive.members) > len(found[class_name].members):
                 found[class_name] = archive
     return found, {class_name: error for class_name, error in faults.items() if class_name not in found}
+
+
+def begun(archive: Archive, folder: Path, names: list[str]) -> list[str]:
+    """Those of a folder's files that are the beginning of a recording in the archive.
+
+    An interrupted unpacking leaves one like that.
+
+    Raises:
+        ArchiveError: a recording in the archive cannot be read.
+        DataError: a file cannot be read.
+    """
+    found = []
+    with _opened(archive.path) as content:
+        for name in names:
+            try:
+                start = (folder / name).read_bytes()
+            except OSError as error:
+                raise unreadable(folder / name, error) from None
+            with content.open(archive.members[name]) as member:
+                blocks = start[:_BLOCK], start[_BLOCK:]
+                if all(block == member.read(len(block)) for block in blocks):
+                    found.append(name)
+    return found
 
 
 def contents(archive: Archive, names: list[str]) -> Iterator[tuple[str, bytes]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -94,8 +95,7 @@ def _write(recordings: Recordings, key: dict, folder: Path) -> None:
         (folder / "frames.npy").open("wb") as file,
         tqdm(total=len(recordings.files), desc=f"frames, T = {T}", unit="file", leave=False, disable=None) as progress,
     ):
-        header = {"descr": "<f4", "fortran_order": False, "shape": tuple(key["shape"])}
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(_header(key["shape"]))
         for start in range(0, len(recordings.files), _CHUNK):
             chunk = recordings.files[start : start + _CHUNK]
             for frames in pool.map(recording_to_frames, chunk, repeat(T), repeat(size)):
@@ -103,7 +103,7 @@ def _write(recordings: Recordings, key: dict, folder: Path) -> None:
                 checksums.append(zlib.crc32(content))
                 file.write(content)
                 progress.update()
-    np.save(folder / "labels.npy", np.asarray(recordings.labels, dtype=np.int64))
+    (folder / "labels.npy").write_bytes(_labels_file(recordings))
     (folder / "key.json").write_text(json.dumps({**key, "crc32": checksums}), encoding="utf-8")
 
 
@@ -114,57 +114,72 @@ def _check(folder: Path, key: dict, recordings: Recordings) -> None:
         DataError: it is so, or the cache cannot be read.
     """
     mend = f"delete {folder}, and it will be made again"
+    frames = _Frames(folder / "frames.npy", key["shape"])
     try:
         found = json.loads((folder / "key.json").read_text(encoding="utf-8"))
         checksums = found.pop("crc32")
-        frames = _Frames(folder / "frames.npy")
-        labels = np.load(folder / "labels.npy", allow_pickle=False)
-        whole = found == key and list(frames.shape) == key["shape"] and labels.tolist() == list(recordings.labels)
-        whole = whole and frames.fill_their_file() and len(checksums) == len(frames)
+        whole = found == key and frames.fill_their_file() and len(checksums) == len(frames)
+        whole = whole and (folder / "labels.npy").read_bytes() == _labels_file(recordings)
+    except MemoryError:
+        raise
     except OSError as error:
         if error.errno not in (None, errno.ENOENT):
             raise unreadable(error.filename or folder, error) from None
         whole = False
-    except (ValueError, TypeError, AttributeError, KeyError, EOFError):
+    except Exception:  # damaged JSON gives anything
         whole = False
     if not whole:
         raise DataError(f"{folder} is incomplete or was changed; {mend}.")
-    with ThreadPoolExecutor(_threads()) as pool:
+    pool = ThreadPoolExecutor(_threads())
+    try:
         for number, checksum in enumerate(pool.map(frames.checksum, range(len(frames)))):
             if checksum != checksums[number]:
                 name = recordings.files[number].relative_to(recordings.root)
                 raise DataError(f"The frames of {name} in {folder} do not have their checksum; {mend}.")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _header(shape: Sequence[int]) -> bytes:
+    """What the file of an array of this shape, float32, begins with."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)})
+    return file.getvalue()
+
+
+def _labels_file(recordings: Recordings) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.asarray(recordings.labels, dtype=np.int64))
+    return file.getvalue()
 
 
 class _Frames:
     """The array in frames.npy, read sample by sample.
 
-    Not through a memory map: where a disk fails or the file was cut, it ends the process with SIGBUS.
+    Not through a memory map: where a disk fails or the file was cut, it ends the process with SIGBUS. Nor is the file's
+    header parsed, as a damaged one may lead to anything.
 
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it holds no array of frames.
+    Args:
+        path: the file.
+        shape: of the array, [N,T,2,H,W].
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            self.shape, in_columns, dtype = np.lib.format.read_array_header_1_0(file)
-            self._start = file.tell()
-        if in_columns or dtype != np.dtype("<f4") or len(self.shape) != 5:
-            raise ValueError(f"{path} holds no frames")
+    def __init__(self, path: Path, shape: Sequence[int]) -> None:
+        self.path, self.shape = path, tuple(shape)
+        self._start, self._bytes = len(_header(shape)), 4 * math.prod(shape[1:])
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    @property
-    def _bytes(self) -> int:
-        return 4 * math.prod(self.shape[1:])
-
     def fill_their_file(self) -> bool:
-        """Whether the file is as long as its header says."""
-        return self.path.stat().st_size == self._start + len(self) * self._bytes
+        """Whether the file has the header and the length of this array.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        with self.path.open("rb") as file:
+            begins = file.read(self._start) == _header(self.shape)
+        return begins and self.path.stat().st_size == self._start + len(self) * self._bytes
 
     def __getitem__(self, number: int) -> np.ndarray:
         """One sample, float32 [T,2,H,W], which is the caller's own.
@@ -173,13 +188,15 @@ class _Frames:
             DataError: it cannot be read.
         """
         sample = np.empty(self.shape[1:], "<f4")
+        rest = memoryview(sample).cast("B")
         try:
-            with self.path.open("rb") as file:
+            with self.path.open("rb", buffering=0) as file:
                 file.seek(self._start + number * self._bytes)
-                length = file.readinto(sample.data.cast("B"))
+                while rest and (length := file.readinto(rest)):
+                    rest = rest[length:]
         except OSError as error:
             raise unreadable(self.path, error) from None
-        if length != self._bytes:
+        if rest:
             folder = self.path.parent
             raise DataError(f"{self.path} was cut during this run; delete {folder}, and it will be made again.")
         return sample
@@ -193,21 +210,21 @@ class CachedFrames(Dataset):
 
     Args:
         folder: what `frame_cache` returned.
+        shape: of all its frames, [N,T,2,H,W].
         labels: of all samples in it.
         indices: which of the samples.
         transform: float32 [T,2,H,W] → the same shape, or None for none.
-
-    Raises:
-        DataError: the cache cannot be read any more.
     """
 
     def __init__(
-        self, folder: Path, labels: Sequence[int], indices: Sequence[int], transform: Transform | None
+        self,
+        folder: Path,
+        shape: Sequence[int],
+        labels: Sequence[int],
+        indices: Sequence[int],
+        transform: Transform | None,
     ) -> None:
-        try:
-            self.frames = _Frames(folder / "frames.npy")
-        except OSError as error:
-            raise unreadable(folder / "frames.npy", error) from None
+        self.frames = _Frames(folder / "frames.npy", shape)
         self.indices = list(indices)
         self.labels = [labels[index] for index in self.indices]
         self.transform = transform

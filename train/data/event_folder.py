@@ -67,7 +67,7 @@ def _complete(name: str, root: Path) -> tuple[Recordings, list[str]]:
 
 def _may_be_read(folder: Path, classes: tuple[str, ...], recordings: Recordings) -> bool:
     """Whether a folder has recordings, where the one that was named has none."""
-    return not recordings.files and bool(read_archives(folder, classes)[0] or layouts(folder, classes, {}))
+    return not recordings.files and bool(read_archives(folder, classes, {})[0] or layouts(folder, classes, {}))
 
 
 def load(
@@ -92,14 +92,15 @@ def load(
     recordings, notes = _complete(name, root)
     folder = frame_cache(recordings, time_steps, frame_size)
     number = len(recordings.files)
+    shape = (number, time_steps, 2, frame_size, frame_size)
     train, val = random_split(
         range(number), [number - number // 10, number // 10], generator=torch.Generator().manual_seed(42)
     )
     augment = event_transform(flip=name != "DIGITS_DVS", auto_aug=auto_aug, cutout=cutout)
     return Splits(
         name,
-        CachedFrames(folder, recordings.labels, train.indices, augment),
-        CachedFrames(folder, recordings.labels, val.indices, None),
+        CachedFrames(folder, shape, recordings.labels, train.indices, augment),
+        CachedFrames(folder, shape, recordings.labels, val.indices, None),
         num_classes=len(CLASSES[name]),
         in_channels=2,
         image_size=frame_size,

@@ -7,6 +7,7 @@ and what an interrupted one left is removed by the next.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from .errors import DataError
 
 CACHE = "seal_fast_frames"  # folder under a dataset's root: caches of frames, and the lock
 _SCRATCH = ".building-"
+_SCRATCH_NAME = re.compile(re.escape(_SCRATCH) + "[0-9a-f]{32}")
 _LOCK = ".lock"
 
 
@@ -93,6 +95,14 @@ def publish_files(folder: Path, destination: Path) -> None:
     sync_folder(destination)
 
 
+def near(destination: Path, root: Path) -> Path:
+    """Where to build what becomes a part of `destination`: in it, above it, or in the root, whichever is there.
+
+    A link may have put each of them on another disk, and nothing can be renamed from one disk to another.
+    """
+    return next((folder for folder in (destination, destination.parent) if folder.is_dir()), root)
+
+
 @contextmanager
 def one_at_a_time(root: Path) -> Iterator[None]:
     """Let one process after the other build under a dataset's folder, so that they do not all do the same work.
@@ -106,10 +116,11 @@ def one_at_a_time(root: Path) -> Iterator[None]:
     lock = Lock(root / CACHE / _LOCK)
     with _writing(root):
         make_folder(lock.path.parent)
+        left = os.path.lexists(lock.path)
         lock.acquire(wait=True)
     try:
         if lock.certain:
-            _sweep(root)
+            _sweep(root, deep=left)
         yield
     finally:
         lock.release()
@@ -117,24 +128,30 @@ def one_at_a_time(root: Path) -> Iterator[None]:
 
 def clean(root: Path) -> None:
     """Remove what an interrupted build left under a dataset's folder, unless something is built there now."""
-    if not _scraps(root) and not os.path.lexists(root / CACHE / _LOCK):
+    left = os.path.lexists(root / CACHE / _LOCK)
+    if not left and not _scraps(root, deep=False):
         return
     lock = Lock(root / CACHE / _LOCK)
     with suppress(OSError):  # where nothing can be removed, nothing depends on it
         if lock.acquire(wait=False):
             if lock.certain:
-                _sweep(root)
+                _sweep(root, deep=left)
             lock.release()
 
 
-def _sweep(root: Path) -> None:
-    for folder in _scraps(root):
+def _sweep(root: Path, *, deep: bool) -> None:
+    for folder in _scraps(root, deep=deep):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _scraps(root: Path) -> list[Path]:
+def _scraps(root: Path, *, deep: bool) -> list[Path]:
+    """Scratch folders that are left in the root and the cache, or also in class folders and those that hold them.
+
+    Their names are no others': what looks alike is its owner's.
+    """
+    parents = [root, *(root.glob("*/") if deep else [root / CACHE]), *(root.glob("*/*/") if deep else [])]
     found = []
-    for parent in (root, root / CACHE):
+    for parent in parents:
         with suppress(OSError):
-            found += [parent / name for name in os.listdir(parent) if name.startswith(_SCRATCH)]
-    return found
+            found += [parent / name for name in os.listdir(parent) if _SCRATCH_NAME.fullmatch(name)]
+    return [folder for folder in found if folder.is_dir() and not folder.is_symlink()]

@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .archives import SUFFIX, Archive, ArchiveError, contents, read_archives
+from .archives import SUFFIX, Archive, ArchiveError, begun, contents, read_archives
 from .cache import Recordings
 from .errors import DataError
 from .folders import hidden, is_folder, unreadable
-from .publish import one_at_a_time, publish_files, scratch_folder
+from .publish import near, one_at_a_time, publish_files, scratch_folder
 
 # Folders under the root, with what their class folders hold; of equal ones the first is read.
 _PLACES = (("events_np", ".npz"), ("extract", SUFFIX), (".", SUFFIX), (".", ".npz"))
@@ -23,7 +23,7 @@ class Layout:
     Attributes:
         folder: holds the class folders.
         present: for each class, names of the recordings that are there.
-        packed: for each class, names of those that an archive holds, and that are missing here or shorter than there.
+        packed: for each class, names of those that an archive holds, and that are missing here or cut.
     """
 
     folder: Path
@@ -54,7 +54,8 @@ def layouts(root: Path, classes: tuple[str, ...], archives: dict[str, Archive]) 
         sizes = [_sizes(folder / class_name, suffix) if is_folder(folder) else {} for class_name in classes]
         unpacks = suffix == SUFFIX and (inner == "extract" or any(sizes))
         packed = [
-            _lacking(archives.get(name) if unpacks else None, have) for name, have in zip(classes, sizes, strict=True)
+            _lacking(archives.get(name) if unpacks else None, folder / name, have)
+            for name, have in zip(classes, sizes, strict=True)
         ]
         found.append(Layout(folder, tuple(map(frozenset, sizes)), tuple(packed)))
     found = [layout for layout in found if len(layout)]
@@ -62,13 +63,13 @@ def layouts(root: Path, classes: tuple[str, ...], archives: dict[str, Archive]) 
 
 
 def _sizes(folder: Path, suffix: str) -> dict[str, int]:
-    """Bytes of the recordings in a class folder, by name."""
+    """Bytes of the recordings in a class folder, by name; 0 where no archive has such files to compare."""
     if not is_folder(folder):
         return {}
     try:
         with os.scandir(folder) as entries:
             return {
-                entry.name: entry.stat().st_size
+                entry.name: entry.stat().st_size if suffix == SUFFIX else 0
                 for entry in entries
                 if entry.name.endswith(suffix) and not hidden(entry.name) and not entry.is_dir()
             }
@@ -76,11 +77,19 @@ def _sizes(folder: Path, suffix: str) -> dict[str, int]:
         raise unreadable(error.filename or folder, error) from None
 
 
-def _lacking(archive: Archive | None, sizes: dict[str, int]) -> tuple[str, ...]:
-    """Recordings of an archive of which a folder has less."""
+def _lacking(archive: Archive | None, folder: Path, sizes: dict[str, int]) -> tuple[str, ...]:
+    """Recordings of an archive that a class folder has not, or of which it has the beginning alone.
+
+    A file that is shorter but another one is its owner's.
+    """
     if archive is None:
         return ()
-    return tuple(name for name, member in archive.members.items() if sizes.get(name, -1) < member.file_size)
+    shorter = [name for name, member in archive.members.items() if sizes.get(name, member.file_size) < member.file_size]
+    try:
+        cut = begun(archive, folder, shorter) if shorter else []
+    except ArchiveError:
+        cut = []
+    return tuple(name for name in archive.members if name not in sizes or name in cut)
 
 
 def find(root: Path, classes: tuple[str, ...]) -> tuple[Recordings, list[str], list[str]]:
@@ -98,12 +107,14 @@ def find(root: Path, classes: tuple[str, ...]) -> tuple[Recordings, list[str], l
         DataError: a folder cannot be read, a class is in an archive alone that cannot be used, or there is no room to
             unpack it.
     """
-    archives, faults = read_archives(root, classes)
+    broken: dict[Path, DataError] = {}
     mended: list[str] = []
-    found = layouts(root, classes, archives)
-    for _ in range(len(classes) + 1):  # each pass but the last has found an archive that cannot be used
+    while True:  # again where an archive was found to be of no use, and the class may have another one
+        archives, faults = read_archives(root, classes, broken)
+        found = layouts(root, classes, archives)
         if not found or not any(found[0].packed):
             break
+        known = len(broken)
         with one_at_a_time(root):
             found = layouts(root, classes, archives)  # another process may have unpacked them meanwhile
             for label, class_name in enumerate(classes):
@@ -111,9 +122,10 @@ def find(root: Path, classes: tuple[str, ...]) -> tuple[Recordings, list[str], l
                     try:
                         mended += _unpack(archives[class_name], found[0], label, root)
                     except ArchiveError as error:
-                        faults[class_name] = error
-                        del archives[class_name]
-        found = layouts(root, classes, archives)
+                        broken[archives[class_name].path] = error
+        if len(broken) == known:
+            found = layouts(root, classes, archives)
+            break
     if not found:
         if faults:
             raise next(iter(faults.values()))
@@ -137,7 +149,7 @@ def _recordings(root: Path, layout: Layout, classes: tuple[str, ...]) -> Recordi
 def _unpack(archive: Archive, layout: Layout, label: int, root: Path) -> list[str]:
     """Unpack what a class lacks; a sentence on it if the class was there in part."""
     destination = layout.folder / archive.path.stem
-    with scratch_folder(root) as scratch:
+    with scratch_folder(near(destination, root)) as scratch:
         for name, content in contents(archive, list(layout.packed[label])):
             (scratch / name).write_bytes(content)
         publish_files(scratch, destination)
@@ -154,7 +166,9 @@ def _unpack(archive: Archive, layout: Layout, label: int, root: Path) -> list[st
 
 def _on_archives(taken: Layout, classes: tuple[str, ...], faults: dict[str, DataError]) -> list[str]:
     return [
-        f"{error.sentence} The {len(taken.present[label])} recordings in {taken.folder / class_name} are used."
+        # What to do about it matters to those alone who have no recordings of the class.
+        f"{error.sentence.partition(';')[0].rstrip('.')}; the {len(taken.present[label])} recordings in "
+        f"{taken.folder / class_name} are used."
         for label, class_name in enumerate(classes)
         if (error := faults.get(class_name)) is not None
     ]
@@ -166,8 +180,6 @@ def _on_others(taken: Layout, left: list[Layout]) -> list[str]:
         there = any(other.present)
         # What archives alone hold is left out where it is in the taken place as well, as the whole set is.
         if len(other) > len(taken) or (there and len(other) < len(taken)):
-            place = other.folder if there else "zip archives"
-            notes.append(
-                f"{len(taken)} recordings are read from {taken.folder}; the {len(other)} in {place} are left out."
-            )
+            place, number = (other.folder, sum(map(len, other.present))) if there else ("zip archives", len(other))
+            notes.append(f"{len(taken)} recordings are read from {taken.folder}; the {number} in {place} are left out.")
     return notes

@@ -1,6 +1,7 @@
 """A cache of frames is what its recordings give, or is refused; checksums prove it."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -63,6 +64,25 @@ def test_another_key(content, recordings):
     assert f"{folder} is incomplete or was changed" in refused(recordings)
 
 
+@pytest.mark.parametrize("name", ["frames.npy", "labels.npy"])
+def test_a_byte_of_a_header_that_was_changed(name, recordings):
+    """numpy's own reader raises tokenize.TokenError and others on these."""
+    path = cache.frame_cache(recordings, 3) / name
+    content = path.read_bytes()
+    for place, byte in itertools.product(range(0, 128, 5), b"'(\x009"):
+        if content[place] == byte:
+            continue
+        path.write_bytes(content[:place] + bytes([byte]) + content[place + 1 :])
+        with pytest.raises(DataError, match="is incomplete or was changed; delete"):
+            cache.frame_cache(recordings, 3)
+
+
+def test_a_key_of_brackets(recordings):
+    (cache.frame_cache(recordings, 3) / "key.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match="is incomplete or was changed; delete"):
+        cache.frame_cache(recordings, 3)
+
+
 def test_fewer_checksums(recordings):
     folder = cache.frame_cache(recordings, 3)
     key = json.loads((folder / "key.json").read_text())
@@ -100,7 +120,7 @@ def test_a_cut_while_a_run_reads(root):
     load("CIFAR10_DVS_SJ", root, role="student", time_steps=3)
     (path,) = root.rglob("frames.npy")
     os.truncate(path, path.stat().st_size - 4)
-    last = cache.CachedFrames(path.parent, [0] * 20, range(20), None)
+    last = cache.CachedFrames(path.parent, (20, 3, 2, 48, 48), [0] * 20, range(20), None)
     assert last[18][0].shape == (3, 2, 48, 48)
     with pytest.raises(DataError, match=r"frames\.npy was cut during this run; delete "):
         last[19]
@@ -108,7 +128,7 @@ def test_a_cut_while_a_run_reads(root):
 
 def test_a_cache_that_vanishes_after_its_check(tmp_path):
     with pytest.raises(DataError, match=r"frames\.npy cannot be read: no such file or directory\.$"):
-        cache.CachedFrames(tmp_path, [0], [0], None)
+        cache.CachedFrames(tmp_path, (1, 1, 2, 4, 4), [0], [0], None)[0]
 
 
 class Failing:
@@ -133,7 +153,7 @@ class Failing:
 def test_a_disk_that_fails_while_a_run_reads(root, monkeypatch):
     splits = load("CIFAR10_DVS_SJ", root, role="student", time_steps=3)
     path_open = cache.Path.open
-    monkeypatch.setattr(cache.Path, "open", lambda self, *mode: Failing(path_open(self, *mode)))
+    monkeypatch.setattr(cache.Path, "open", lambda self, *mode, **how: Failing(path_open(self, *mode, **how)))
     with pytest.raises(DataError, match=r"frames\.npy cannot be read: input/output error\.$"):
         splits.val[0]
 

@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import threading
+import uuid
 import zipfile
+from pathlib import Path
 
 import pytest
 
 import makers
-from seal_fast.train.data import DataError, load
+from seal_fast.train.data import DataError, load, publish, recordings
+from seal_fast.train.data.aedat import Events, read_aedat, write_aedat
 from seal_fast.train.data.recordings import find
 
 CLASSES = makers.DVS_CLASSES
@@ -46,12 +50,12 @@ def root(tmp_path, whole):
 
 def found(root):
     """Content of the recordings by class and name, and the notes."""
-    recordings, missing, notes = find(root, CLASSES)
+    taken, missing, notes = find(root, CLASSES)
     assert missing == []
-    assert [CLASSES[label] for label in recordings.labels] == [path.parent.name for path in recordings.files]
-    names = [(path.parent.name, path.stem) for path in recordings.files]
+    assert [CLASSES[label] for label in taken.labels] == [path.parent.name for path in taken.files]
+    names = [(path.parent.name, path.stem) for path in taken.files]
     assert names == sorted(names)
-    return {(path.parent.name, path.name): path.read_bytes() for path in recordings.files}, notes
+    return {(path.parent.name, path.name): path.read_bytes() for path in taken.files}, notes
 
 
 def expected(whole):
@@ -124,11 +128,98 @@ def test_archives_that_hold_more_of_fewer_classes_are_told(root):
 
 def test_archives_that_hold_less_are_left_alone(tmp_path, whole):
     shutil.copytree(whole / "extract", tmp_path / "extract")
-    pack_all(makers.cifar10_dvs(tmp_path / "few", per_class=2) / "extract", tmp_path / "download")
+    pack_all(makers.cifar10_dvs(tmp_path / "few", per_class=2, events=5) / "extract", tmp_path / "download")
     before = state(tmp_path / "extract")
-    assert len(find(tmp_path, CLASSES)[0].files) == 300
-    assert len(found(tmp_path)[0]) == 300
-    assert {path for path in state(tmp_path / "extract")} == set(before)
+    assert found(tmp_path) == (expected(whole), [])
+    assert state(tmp_path / "extract") == before
+
+
+def test_a_recording_that_its_owner_has_shortened_stays(root, whole):
+    """It is not the beginning of the one in the archive, as an interrupted unpacking would have left it."""
+    shutil.copytree(whole / "extract", root / "extract")
+    path = root / "extract/cat/cifar10_cat_7.aedat"
+    events = read_aedat(path)
+    write_aedat(path, Events(*(array[1:] for array in events)))
+    before = state(root / "extract")
+    assert found(root)[1] == []
+    assert state(root / "extract") == before
+
+
+def test_two_loads_at_once_unpack_once(root, whole, monkeypatch):
+    unpacked, real, together = [], recordings._unpack, threading.Barrier(2)
+
+    def unpack(archive, *rest):
+        unpacked.append(archive.path.stem)
+        return real(archive, *rest)
+
+    monkeypatch.setattr(recordings, "_unpack", unpack)
+    results = []
+    threads = [threading.Thread(target=lambda: (together.wait(), results.append(found(root)[0]))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [expected(whole)] * 2
+    assert sorted(unpacked) == sorted(CLASSES)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs the paths of open files")
+def test_recordings_are_on_the_disk_before_they_have_their_names(root, monkeypatch):
+    """Each recording and the scratch folder before, and the class folder with the new names after."""
+    calls, fsync, replace = [], os.fsync, os.replace
+    path_of = "/proc/self/fd/{}".format
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(os.readlink(path_of(handle))), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append((str(old), str(new))), replace(old, new)))
+    find(root, CLASSES)
+    renames = [(number, call) for number, call in enumerate(calls) if isinstance(call, tuple)]
+    assert len(renames) == 300
+    for number, (scratch, recording) in renames:
+        assert {scratch, os.path.dirname(scratch)} <= set(calls[:number])
+        assert os.path.dirname(recording) in calls[number:]
+    assert str(root / "extract") in calls  # has the names of the class folders
+    assert str(root) in calls
+
+
+@pytest.mark.parametrize("link", ["extract", "extract/cat"])
+def test_recordings_on_another_disk_are_unpacked_there(link, root, whole):
+    elsewhere = Path("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp") / f"seal-fast-{uuid.uuid4().hex}"
+    if os.stat(elsewhere.parent).st_dev == os.stat(root).st_dev:
+        pytest.skip("there is no second file system to write to")
+    elsewhere.mkdir()
+    try:
+        (root / link).parent.mkdir(exist_ok=True)
+        (root / link).symlink_to(elsewhere)
+        assert found(root)[0] == expected(whole)
+        assert not [path for path in elsewhere.rglob(".*")]
+    finally:
+        shutil.rmtree(elsewhere)
+
+
+def test_what_was_left_on_another_disk_is_removed_by_the_next(root):
+    scrap = root / "extract" / "cat" / f".building-{uuid.uuid4().hex}"
+    scrap.mkdir(parents=True)
+    (root / publish.CACHE).mkdir()
+    (root / publish.CACHE / ".lock").touch()
+    find(root, CLASSES)
+    assert not scrap.exists()
+
+
+def test_a_folder_that_only_looks_like_one_of_a_build_stays(tmp_path):
+    for name in (".building-site", ".building-" + 31 * "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").touch()
+    with publish.one_at_a_time(tmp_path):
+        pass
+    publish.clean(tmp_path)
+    assert len(list(tmp_path.rglob("thesis.txt"))) == 2
+
+
+def test_a_second_archive_is_taken_where_the_first_is_of_no_use(root, whole):
+    shutil.copy(root / "download/dog.zip", root / "dog.zip")
+    spoil(root / "download/dog.zip", "corrupt")
+    content, notes = found(root)
+    assert content == expected(whole)
+    assert notes == []
 
 
 @pytest.mark.parametrize("layout", ["extract", "."])
@@ -178,7 +269,8 @@ def test_an_archive_of_no_use_gives_way_to_what_is_unpacked(fault, root, whole):
     sentence = spoil(root / "download/dog.zip", fault)
     content, notes = found(root)
     assert len(content) == 290
-    assert notes == [f"{sentence} The 20 recordings in {root}/extract/dog are used."]
+    why = sentence.partition(";")[0].rstrip(".")
+    assert notes == [f"{why}; the 20 recordings in {root}/extract/dog are used."]
     assert not list(root.rglob(".building-*"))
     shutil.rmtree(root / "extract/dog")
     with pytest.raises(DataError) as caught:
