@@ -75,7 +75,7 @@ def _explained(error: BaseException, left: str) -> tuple[str, int, bool]:
         return f"interrupted; {left}.", CODES[signal.SIGINT], ranks.first()
     if isinstance(error, OSError | RuntimeError) and any(word in text for word in _OF_A_LOADER):
         cause = _cause(text)
-        how = "died" if "exited" in cause or "killed" in cause else "failed"
+        how = "died" if any(word in cause for word in ("exited", "killed", "ended")) else "failed"
         return f"a process that loads data {how} ({cause}){_remedy(text)}; {left}.", 1, True
     if isinstance(error, OSError):
         # Of a file there is a name; what has none, as a semaphore, is in shared memory.

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> dict:
         Of the best epoch: accuracy, accuracy at t = 1…T and firing rates; and the run's folder.
     """
     args = prepare(args, "student")
+    folder = ranks.from_first(Run, args, f"distill-{args.dataset}-{args.stu_arch}-{args.method}")
     splits = splits_of(args, "student")
     # Before the teacher, whose own initialisation would otherwise change the student that a seed stands for.
     sizes = {"num_classes": splits.num_classes, "in_channels": splits.in_channels}
@@ -55,7 +56,6 @@ def run(args: argparse.Namespace) -> dict:
         temperature=args.temperature,
         backend=kernels_of(args)["seal_loss"],
     )
-    folder = ranks.from_first(Run, args, f"distill-{args.dataset}-{args.stu_arch}-{args.method}")
     return train(args, task, splits, folder, spiking=True)
 
 

@@ -49,7 +49,10 @@ class Run:
             print(f"{self.folder} has no checkpoint yet; its run begins anew.", flush=True)
         elif self._automatic and self.resumed is None:
             print("There is no run to resume; a new one begins.", flush=True)
-        if self.folder is not None:
+        # Before data are read for nothing; `claim` looks again.
+        if self.folder is not None and self.folder.is_dir():
+            with contextlib.suppress(OSError):
+                self._locked().release()
             self._require_new()
 
     def __enter__(self) -> Run:
@@ -98,9 +101,6 @@ class Run:
 
     def _require_new(self) -> None:
         if self.resumed is None and checkpoints(self.folder):
-            if self._lock is None:
-                with contextlib.suppress(OSError):
-                    self._locked().release()  # a run that goes on needs no advice
             raise UsageError(f"{self._flag}: {self.folder} already holds a run; go on with --resume {self.folder}.")
 
     def load(self, check: Callable[[dict, Path], None]) -> dict:

@@ -24,9 +24,9 @@ def run(args: argparse.Namespace) -> dict:
         Accuracy of the best epoch, and the run's folder.
     """
     args = prepare(args, "teacher")
+    folder = ranks.from_first(Run, args, f"teacher-{args.dataset}-{args.arch}")
     splits = splits_of(args, "teacher")
     network = network_of(args, num_classes=splits.num_classes, in_channels=splits.in_channels)
-    folder = ranks.from_first(Run, args, f"teacher-{args.dataset}-{args.arch}")
     return train(args, TeacherTask(network), splits, folder, spiking=False)
 
 

@@ -97,6 +97,7 @@ def test_defaults_are_what_the_published_commands_say(name):
     places = [words.index(flag) for flag in ("--dataset", "--data_path", "--log_path", "--tea_path") if flag in words]
     short = [word for place in places for word in words[place : place + 2]]
     said, silent = resolved(words), resolved(short)
+    assert (said.pop("asked")["num_epoch"] is not None, silent.pop("asked")["num_epoch"]) == (True, None)
     if name == "teacher CIFAR100":  # the one that names another network than the CIFAR student's teacher
         assert (said.pop("arch"), silent.pop("arch")) == ("resnet19", "resnet34")
     assert said == silent
