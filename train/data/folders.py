@@ -22,9 +22,11 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _BESIDE_DATA
 
 
-def unreadable(path: str | Path, error: OSError) -> DataError:
-    """The sentence for a file or folder that the system does not give."""
-    reason = error.strerror or str(error) or type(error).__name__
+def unreadable(path: str | Path, error: OSError | MemoryError) -> DataError:
+    """The sentence for a file or folder that the system does not give, or gives no memory for."""
+    reason = "not enough memory"
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
     return DataError(f"{path} cannot be read: {reason[:1].lower()}{reason[1:]}.")
 
 
@@ -77,6 +79,8 @@ def check_root(root: Path, how_to_get: str) -> None:
         return
     if _mode(root):
         raise DataError(f"{root} is no folder; name the folder that holds the data.")
+    if os.path.islink(root):
+        raise DataError(f"{root} is a link to {os.readlink(root)}, which is missing; name another folder.")
     raise DataError(f"{root} is missing; {how_to_get}.")
 
 

@@ -141,7 +141,8 @@ def test_a_folder_that_cannot_be_written(layout, public):
     for path in (public, *public.rglob("*")):
         path.chmod(0o555)
     sentence = sentence_of_nobody("CIFAR10_DVS_SJ", root)
-    assert sentence.startswith(f"{root} cannot be written to (Permission denied); ")
+    assert sentence.startswith(f"{root}/seal_fast_frames cannot be written to (Permission denied); allow writing there")
+    assert "make room" not in sentence
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and whose reading fails")
@@ -188,6 +189,13 @@ def test_root_is_a_file(name, tmp_path):
     root = tmp_path / "data.tar.gz"
     root.touch()
     assert read_all(name, root) == f"{root} is no folder; name the folder that holds the data."
+
+
+@ON_DISK
+def test_root_is_a_link_to_nothing(name, tmp_path):
+    root = tmp_path / "data"
+    root.symlink_to(tmp_path / "gone")
+    assert read_all(name, root) == f"{root} is a link to {tmp_path}/gone, which is missing; name another folder."
 
 
 @ON_DISK
