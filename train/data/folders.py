@@ -90,6 +90,23 @@ def shortened(entries: list[str]) -> str:
     return ", ".join(entries[:_SHOWN]) + more
 
 
+def meant(folder: Path, fits: Callable[[Path], bool]) -> Path | None:
+    """The folder one level above or below that fits, where `folder` does not."""
+    for other in (Path(os.path.normpath(folder / "..")), *(folder / name for name in names(folder)[:_PROBED])):
+        try:
+            if is_folder(other) and fits(other):
+                return other
+        except DataError:
+            continue
+    return None
+
+
+def held(folder: Path) -> str:
+    """What a folder holds, in words that follow its name."""
+    present = names(folder)
+    return f"it holds {shortened(present)}" if present else "it is empty"
+
+
 def not_found(folder: Path, fault: str, advice: str, fits: Callable[[Path], bool] = lambda folder: False) -> DataError:
     """The sentence for a folder that does not hold what it should: it names what is there.
 
@@ -99,13 +116,7 @@ def not_found(folder: Path, fault: str, advice: str, fits: Callable[[Path], bool
         advice: what to do, unless another folder was meant.
         fits: whether a folder is what was expected; those one level above and below are asked about.
     """
-    present = names(folder)
-    found = f"it holds {shortened(present)}" if present else "it is empty"
-    for other in (Path(os.path.normpath(folder / "..")), *(folder / name for name in present[:_PROBED])):
-        try:
-            meant = is_folder(other) and fits(other)
-        except DataError:
-            continue
-        if meant:
-            return DataError(f"{folder} {fault}: {found}; did you mean --data_path {other}?")
-    return DataError(f"{folder} {fault}: {found}; {advice}.")
+    other = meant(folder, fits)
+    if other is not None:
+        return DataError(f"{folder} {fault}: {held(folder)}; did you mean --data_path {other}?")
+    return DataError(f"{folder} {fault}: {held(folder)}; {advice}.")

@@ -137,8 +137,7 @@ def test_a_class_folder_of_something_else(tmp_path, monkeypatch):
     with pytest.raises(DataError) as caught:
         load("DIGITS_DVS", tmp_path, role="teacher", time_steps=4)
     assert caught.value.sentence == (
-        f"{tmp_path} has no recordings of 4: it holds extract, seal_fast_frames; move what {tmp_path}/extract holds "
-        "elsewhere, and the recordings will be made."
+        f"{tmp_path}/extract/4 has no recordings: it holds notes.txt; move that elsewhere, and they will be made."
     )
     assert path.read_text() == "mine"
     path.rename(tmp_path / path.name)

@@ -286,7 +286,7 @@ def test_missing_class(tmp_path):
     root = makers.cifar10_dvs(tmp_path)
     shutil.rmtree(root / "extract" / "frog")
     text = sentence(root)
-    assert f"{root} has no recordings of frog" in text
+    assert text.startswith(f"{root}/extract has no recordings of frog: it holds airplane, automobile, ")
     assert "figshare" in text
     assert "SpikingJelly" in text
     assert not (root / cache.CACHE).exists()
