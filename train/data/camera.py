@@ -101,5 +101,6 @@ def write_digits(root: Path, per_class: int | None = None) -> None:
             with scratch_folder(root) as scratch:
                 for number, image in enumerate(images[labels == digit][:per_class]):
                     write_aedat(scratch / f"digit_{digit}_{number}.aedat", film(image))
-                # A folder takes the place of none or an empty one; one with hidden files keeps them.
-                (publish_files if is_folder(destination) and os.listdir(destination) else publish)(scratch, destination)
+                # A folder takes the place of none or of an empty one; hidden files stay where they are.
+                beside = is_folder(destination) and os.listdir(destination)
+                (publish_files if beside else publish)(scratch, destination)
