@@ -7,19 +7,17 @@ bit 0, x in bits 1 to 7 and y in bits 8 to 14.
 
 from __future__ import annotations
 
-import struct
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from .errors import DataError
-from .folders import unreadable
+from .folders import shortened, unreadable
 
 SENSOR = 128  # H = W of a DVS128, pixels
 _VERSION = b"#!AER-DAT2.0"
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # the first bytes of a zip file, and of one that holds nothing
 _HEADER = _VERSION + b"\r\n# This is a raw AE data file - do not edit\r\n"
 
 
@@ -46,8 +44,9 @@ def _fault(events: Events) -> str | None:
     if not events.t.size:
         return "holds no events"
     for name, array, limit in zip(Events._fields, events, (2**32, SENSOR, SENSOR, 2), strict=True):
-        if array.min() < 0 or array.max() >= limit:
-            wrong = array.min() if array.min() < 0 else array.max()
+        least, most = int(array.min()), int(array.max())
+        if least < 0 or most >= limit:
+            wrong = least if least < 0 else most
             return f"has an event with {name} = {wrong}, outside 0 to {limit - 1}"
     return None
 
@@ -72,10 +71,15 @@ def read_aedat(path: Path) -> Events:
     """
     try:
         content = path.read_bytes()
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise unreadable(path, error) from None
     if _VERSION.startswith(content[: len(_VERSION)]) and len(content) < len(_VERSION):
         raise DataError(f"{path} is truncated: it has {len(content)} bytes; unpack it again.")
+    if not any(content[: len(_VERSION)]):
+        raise DataError(
+            f"{path} is no AEDAT 2.0 file: it begins with zeros, as a loss of power leaves them; unpack it again if "
+            "you have its archive."
+        )
     if not content.startswith(_VERSION):
         raise DataError(
             f"{path} is no AEDAT 2.0 file: it begins with {content[: len(_VERSION)]!r} instead of {_VERSION!r}."
@@ -116,29 +120,30 @@ def read_npz(path: Path) -> Events:
     mend = "delete it, and it is read from extract or download if all recordings are there"
     try:
         with path.open("rb") as file:
-            start = file.read(2)
-            if start and not b"PK".startswith(start):
-                raise DataError(f"{path} is no npz file: it begins with {start!r} instead of b'PK'.")
+            start = file.read(len(_ZIP[0]))
+            if not any(magic.startswith(start) for magic in _ZIP):
+                raise DataError(f"{path} is no npz file: it begins with {start!r} instead of {_ZIP[0]!r}.")
+            if len(start) < len(_ZIP[0]):
+                raise DataError(f"{path} is truncated or corrupt (it has {len(start)} bytes); {mend}.")
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
                 missing = [name for name in Events._fields if name not in arrays.files]
                 if missing:
-                    present = ", ".join(arrays.files) or "nothing"
+                    present = shortened([repr(name) for name in arrays.files]) or "nothing"
                     raise DataError(f"{path} holds no array {missing[0]}, one of t, x, y and p: it holds {present}.")
                 events = Events(*(np.asarray(arrays[name]) for name in Events._fields))
-    except OSError as error:
-        if error.errno is not None:
+    except DataError:
+        raise
+    except Exception as error:  # zipfile and numpy raise anything on headers that are cut or changed
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
             raise unreadable(path, error) from None
-        raise DataError(f"{path} is truncated or corrupt ({error}); {mend}.") from None
-    except (ValueError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error) as error:
-        if "allow_pickle" in str(error):
+        if isinstance(error, ValueError) and "allow_pickle" in str(error):
             raise DataError(f"{path} holds Python objects instead of numbers; objects are not read.") from None
         raise DataError(f"{path} is truncated or corrupt ({type(error).__name__}); {mend}.") from None
     other = next((array for array in events if array.dtype.kind not in "iub"), None)
     if other is not None:
         raise DataError(f"{path} holds events of type {other.dtype} instead of whole numbers.")
-    events = Events(*(array.astype(np.int64) for array in events))
     fault = _fault(events)
     if fault:
         raise DataError(f"{path} {fault}.")
-    return events
+    return Events(*(array.astype(np.int64) for array in events))

@@ -8,6 +8,7 @@ sensor: a pixel sends an event each time its log intensity has changed by the co
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from .aedat import SENSOR, Events, write_aedat
 from .digits import read_digits
 from .folders import is_folder, names
-from .publish import one_at_a_time, publish, scratch_folder
+from .publish import near, one_at_a_time, publish, publish_files, scratch_folder
 
 _EXTENT = 80  # side of the digit on the sensor, pixels
 _CONTRAST = 5.0  # intensity of white paint over that of the black background
@@ -97,7 +98,9 @@ def write_digits(root: Path, per_class: int | None = None) -> None:
             destination = root / "extract" / str(digit)
             if is_folder(destination) and names(destination):
                 continue
-            with scratch_folder(root) as scratch:
+            with scratch_folder(near(root / "extract", root)) as scratch:
                 for number, image in enumerate(images[labels == digit][:per_class]):
                     write_aedat(scratch / f"digit_{digit}_{number}.aedat", film(image))
-                publish(scratch, destination)
+                # A folder takes the place of none or of an empty one; hidden files stay where they are.
+                beside = is_folder(destination) and os.listdir(destination)
+                (publish_files if beside else publish)(scratch, destination)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import pickletools
+import reprlib
 import shlex
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,16 +77,25 @@ def _dtype(*arguments: Any) -> np.dtype:
 
 
 def _scalar(dtype: Any, content: Any) -> Any:
-    """A numpy number, which labels may be; of Python objects, `_dtype` has made none."""
+    """A numpy number or text, as labels and names may be; of Python objects, `_dtype` has made none."""
     content = content.encode("latin1") if isinstance(content, str) else content
-    if not isinstance(dtype, np.dtype) or dtype.kind not in "iuf" or len(content) != dtype.itemsize:
-        raise _ForbiddenError("a numpy scalar that is no number")
-    return np.frombuffer(content, dtype)[0]
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "iufUS" or len(content) != dtype.itemsize:
+        raise _ForbiddenError("a numpy scalar that is neither a number nor text")
+    return np.ndarray((), dtype, content)[()]
 
 
 def _from_buffer(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
     """What protocol 5 stores a contiguous array as."""
     return np.frombuffer(buffer, dtype).reshape(shape, order=order)
+
+
+def _empty_bytes() -> bytes:
+    """What protocols up to 2 ask `bytes` for."""
+    return b""
+
+
+def _path(*parts: str) -> None:
+    """What stands in for a `pathlib` path, as names of files may be; they are not read."""
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -102,6 +115,14 @@ class _ArrayUnpickler(pickle.Unpickler):
         ("numpy.core.numeric", "_frombuffer"): _from_buffer,
         ("numpy._core.numeric", "_frombuffer"): _from_buffer,
         ("_codecs", "encode"): _encode,
+        ("__builtin__", "bytes"): _empty_bytes,
+        ("collections", "OrderedDict"): OrderedDict,
+        **{
+            (module, f"{pure}{system}Path"): _path
+            for module in ("pathlib", "pathlib._local")
+            for pure in ("", "Pure")
+            for system in ("Posix", "Windows")
+        },
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -110,21 +131,34 @@ class _ArrayUnpickler(pickle.Unpickler):
         return self._admitted[module, name]
 
 
+def _check_memo(content: bytes) -> None:
+    """Refuse places in the unpickler's memo that no pickle of this size uses: it makes room up to the highest.
+
+    Raises:
+        ValueError: there is one, or the pickle is broken.
+    """
+    for code, argument, _ in pickletools.genops(content):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+            raise ValueError(f"place {argument} in the memo of a pickle of {len(content)} bytes")
+
+
 def _text(value: Any) -> Any:
     return value.decode("latin1") if isinstance(value, bytes) else value
 
 
 def _read(path: Path, how_to_get: str) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            content = _ArrayUnpickler(file, encoding="latin1").load()
+        packed = path.read_bytes()
+        _check_memo(packed)
+        content = _ArrayUnpickler(io.BytesIO(packed), encoding="latin1").load()
     except FileNotFoundError:
         raise DataError(f"{path} is missing; {how_to_get}.") from None
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise unreadable(path, error) from None
     except _ForbiddenError as error:
         raise DataError(
-            f"{path} asks for {error} where arrays and labels belong, so it was not read; delete it and {how_to_get}."
+            f"{path} asks for {error} where arrays and labels belong, so it was not read; save it again with a plain "
+            "dict, lists and arrays."
         ) from None
     except Exception as error:  # a broken pickle stream can raise anything
         raise DataError(
@@ -151,8 +185,12 @@ def _read_batch(path: Path, layout: _Layout, how_to_get: str) -> tuple[np.ndarra
         raise DataError(f"{path} holds {_shown(data)} as data, where images as uint8 [N, 3072] are expected.")
     if isinstance(labels, np.ndarray) and labels.ndim == 1:
         labels = labels.tolist()
-    if not isinstance(labels, list | tuple) or not all(isinstance(label, int | np.integer) for label in labels):
+    if not isinstance(labels, list | tuple):
         raise DataError(f"{path} holds {_shown(labels)} as labels, where a list of whole numbers is expected.")
+    for label in labels:
+        if not isinstance(label, int | np.integer):
+            shown = " ".join(reprlib.repr(label).split())
+            raise DataError(f"{path} holds the label {shown}, where whole numbers are expected.")
     if len(labels) != len(data) or not len(data):
         raise DataError(
             f"{path} holds {len(data)} images and {len(labels)} labels, where one label for each image is expected."
@@ -176,8 +214,8 @@ def _folder(name: str, root: Path, layout: _Layout) -> tuple[Path, str]:
 
     if is_folder(root / layout.folder):
         return root / layout.folder, how_to_get(root)
-    if _holds_batches(root, layout):
-        return root, how_to_get(root.parent)
+    if _holds_batches(root, layout):  # torchvision gives their folder its own name
+        return root, how_to_get(root.parent if root.name == layout.folder else root)
     advice = how_to_get(root)
     version = layout.folder.removesuffix("-batches-py").removesuffix("-python")  # cifar-10 or cifar-100
     packed = root / f"{version}-python.tar.gz"

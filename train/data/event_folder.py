@@ -13,7 +13,7 @@ from .archives import read_archives
 from .cache import CachedFrames, Recordings, frame_cache
 from .camera import write_digits
 from .errors import DataError
-from .folders import check_root, is_folder, not_found
+from .folders import check_root, held, is_folder, meant, names, not_found
 from .frames import FRAME_SIZE
 from .recordings import find, layouts
 from .splits import Splits
@@ -31,7 +31,7 @@ _MINIMUM = 10  # samples; a tenth of them is held out
 
 def _how_to_get(name: str, root: Path) -> str:
     if name == "DIGITS_DVS":
-        return f"move what {root / 'extract'} holds elsewhere, and the recordings will be made"
+        return "move that elsewhere, and they will be made"
     return (
         f"put the ten zip files of CIFAR10-DVS (figshare.com, article 4724671; SpikingJelly's page on CIFAR10DVS links "
         f"to them) into {root / 'download'}"
@@ -52,10 +52,7 @@ def _complete(name: str, root: Path) -> tuple[Recordings, list[str]]:
         write_digits(root)
         recordings, missing, notes = find(root, classes)
     if missing:
-        count = "any class" if len(missing) == len(classes) else ", ".join(missing)
-        raise not_found(
-            root, f"has no recordings of {count}", how_to_get, lambda folder: _may_be_read(folder, classes, recordings)
-        )
+        raise _not_found(root, classes, missing, recordings, how_to_get)
     number = len(recordings.files)
     if number < _MINIMUM:
         raise DataError(f"{root} has {number} recordings, fewer than {_MINIMUM}; {how_to_get}.")
@@ -65,9 +62,46 @@ def _complete(name: str, root: Path) -> tuple[Recordings, list[str]]:
     return recordings, notes
 
 
-def _may_be_read(folder: Path, classes: tuple[str, ...], recordings: Recordings) -> bool:
-    """Whether a folder has recordings, where the one that was named has none."""
-    return not recordings.files and bool(read_archives(folder, classes, {})[0] or layouts(folder, classes, {}))
+def _not_found(
+    root: Path, classes: tuple[str, ...], missing: list[str], recordings: Recordings, how_to_get: str
+) -> DataError:
+    """The sentence for classes without recordings: it names the folder under the root where they were looked for."""
+
+    def fits(folder: Path) -> bool:
+        return not recordings.files and bool(read_archives(folder, classes, {})[0] or layouts(folder, classes, {}))
+
+    fault = f"has no recordings of {'any class' if len(missing) == len(classes) else ', '.join(missing)}"
+    places = [root / name for name in ("extract", "events_np", "download") if is_folder(root / name)]
+    for place in (*places, root):
+        wrong = next(filter(None, (_in_another_case(place, class_name) for class_name in missing)), None)
+        if wrong is not None:
+            return DataError(f"{place} {fault}: it holds {wrong}; rename it and others like it.")
+    for place in places:
+        other = meant(place, fits)
+        if other is not None:
+            return DataError(
+                f"{place} {fault}: {held(place)}; did you mean --data_path {other}, or move {other.name}/* up?"
+            )
+    if meant(root, fits):
+        return not_found(root, fault, how_to_get, fits)
+    filled = [place for place in places if names(place)]
+    place = recordings.files[0].parent.parent if recordings.files else (*filled, *places, root)[0]
+    if is_folder(place / missing[0]):
+        return not_found(place / missing[0], "has no recordings", how_to_get)
+    return not_found(place, fault, how_to_get)
+
+
+def _in_another_case(place: Path, class_name: str) -> str | None:
+    """The first name that differs from a class's in capital and small letters alone, and what it should be."""
+    for name in names(place):
+        if name != name.lower() and name.lower() in (class_name, f"{class_name}.zip"):
+            return f"{name} instead of {name.lower()}"
+    if is_folder(place / class_name):
+        for name in names(place / class_name):
+            stem, suffix = os.path.splitext(name)
+            if suffix != suffix.lower() and suffix.lower() in (".aedat", ".npz"):
+                return f"{class_name}/{name} instead of {class_name}/{stem}{suffix.lower()}"
+    return None
 
 
 def load(

@@ -22,9 +22,11 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _BESIDE_DATA
 
 
-def unreadable(path: str | Path, error: OSError) -> DataError:
-    """The sentence for a file or folder that the system does not give."""
-    reason = error.strerror or str(error) or type(error).__name__
+def unreadable(path: str | Path, error: OSError | MemoryError) -> DataError:
+    """The sentence for a file or folder that the system does not give, or gives no memory for."""
+    reason = "not enough memory"
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
     return DataError(f"{path} cannot be read: {reason[:1].lower()}{reason[1:]}.")
 
 
@@ -77,6 +79,8 @@ def check_root(root: Path, how_to_get: str) -> None:
         return
     if _mode(root):
         raise DataError(f"{root} is no folder; name the folder that holds the data.")
+    if os.path.islink(root):
+        raise DataError(f"{root} is a link to {os.readlink(root)}, which is missing; name another folder.")
     raise DataError(f"{root} is missing; {how_to_get}.")
 
 
@@ -84,6 +88,23 @@ def shortened(entries: list[str]) -> str:
     """The first of some names, and how many there are besides."""
     more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
     return ", ".join(entries[:_SHOWN]) + more
+
+
+def meant(folder: Path, fits: Callable[[Path], bool]) -> Path | None:
+    """The folder one level above or below that fits, where `folder` does not."""
+    for other in (Path(os.path.normpath(folder / "..")), *(folder / name for name in names(folder)[:_PROBED])):
+        try:
+            if is_folder(other) and fits(other):
+                return other
+        except DataError:
+            continue
+    return None
+
+
+def held(folder: Path) -> str:
+    """What a folder holds, in words that follow its name."""
+    present = names(folder)
+    return f"it holds {shortened(present)}" if present else "it is empty"
 
 
 def not_found(folder: Path, fault: str, advice: str, fits: Callable[[Path], bool] = lambda folder: False) -> DataError:
@@ -95,13 +116,7 @@ def not_found(folder: Path, fault: str, advice: str, fits: Callable[[Path], bool
         advice: what to do, unless another folder was meant.
         fits: whether a folder is what was expected; those one level above and below are asked about.
     """
-    present = names(folder)
-    found = f"it holds {shortened(present)}" if present else "it is empty"
-    for other in (Path(os.path.normpath(folder / "..")), *(folder / name for name in present[:_PROBED])):
-        try:
-            meant = is_folder(other) and fits(other)
-        except DataError:
-            continue
-        if meant:
-            return DataError(f"{folder} {fault}: {found}; did you mean --data_path {other}?")
-    return DataError(f"{folder} {fault}: {found}; {advice}.")
+    other = meant(folder, fits)
+    if other is not None:
+        return DataError(f"{folder} {fault}: {held(folder)}; did you mean --data_path {other}?")
+    return DataError(f"{folder} {fault}: {held(folder)}; {advice}.")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import DataError
-from .folders import check_root, hidden, is_folder, names, not_found, unreadable
+from .folders import check_root, hidden, is_folder, names, not_found, shortened, unreadable
 from .images import read_image
 from .splits import Splits
 from .transforms import Transform, image_transforms
@@ -41,11 +41,7 @@ class ClassFolders(Dataset):
         present = names(folder)
         self.classes = [name for name in present if is_folder(folder / name)]
         if not self.classes and present:
-            raise DataError(
-                f"{folder} holds its files flat, as ImageNet's tar unpacks, so their classes are unknown; move each "
-                f"image into {folder.name}/<class>/, the class being the one that the development kit's ground truth "
-                "names."
-            )
+            raise _no_class_folders(folder, present)
         if not self.classes:
             raise DataError(f"{folder} is empty; {_HOW_TO_GET}.")
         self.samples: list[tuple[str, int]] = []
@@ -68,6 +64,21 @@ class ClassFolders(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
         return self.transform(read_image(path)), label
+
+
+def _no_class_folders(folder: Path, present: list[str]) -> DataError:
+    """The sentence for a folder that holds these files alone."""
+    archives = [name for name in present if name.startswith("n") and name.endswith(".tar")]
+    if archives:
+        return DataError(
+            f"{folder} holds the classes packed ({shortened(archives)}); unpack each into a folder of its name, as in: "
+            f"mkdir {archives[0][:-4]} && tar -xf {archives[0]} -C {archives[0][:-4]}."
+        )
+    truth = ", the class being the one that the development kit's ground truth names" if folder.name == "val" else ""
+    return DataError(
+        f"{folder} holds its files flat ({shortened(present)}), so their classes are unknown; move each image into "
+        f"{folder.name}/<class>/{truth}."
+    )
 
 
 def _images(folder: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -30,17 +29,10 @@ def read_image(path: str) -> Image.Image:
             if image.mode.startswith(("I", "F")):
                 image = _eight_bits(image, path)
             return image.convert("RGB")
-    # Pillow's format readers raise all of these on files that are cut or changed.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        NotImplementedError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's format readers raise anything on files that are cut or changed
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
             raise unreadable(path, error) from None
         reason = str(error).replace("\n", " ") or type(error).__name__
         if isinstance(error, UnidentifiedImageError):

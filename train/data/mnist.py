@@ -68,7 +68,7 @@ def _read(path: Path, dimensions: int, how_to_get: str) -> np.ndarray:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         reason = str(error).replace("\n", " ")
         raise DataError(f"{path} is truncated or corrupt ({reason}); delete it and {how_to_get}.") from None
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise unreadable(path, error) from None
     magic = bytes((0, 0, _UINT8, dimensions))
     if not magic.startswith(content[:4]):

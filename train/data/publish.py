@@ -6,6 +6,7 @@ and what an interrupted one left is removed by the next.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -30,10 +31,13 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(
-            f"{folder} cannot be written to ({error.strerror or error}); make room in it and allow writing, or copy "
-            "the data to a folder where you may write."
-        ) from None
+        advice = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "; make room there, or copy the data to a folder where there is some"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "; allow writing there, or copy the data to a folder where you may write"
+        place = error.filename or folder
+        raise DataError(f"{place} cannot be written to ({error.strerror or error}){advice}.") from None
 
 
 @contextmanager

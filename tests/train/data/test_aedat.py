@@ -1,4 +1,5 @@
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_npz_without_an_array(tmp_path):
     arrays = npz_arrays()
     del arrays["p"]
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(DataError, match=r"holds no array p, one of t, x, y and p: it holds t, x, y\.$"):
+    with pytest.raises(DataError, match=r"holds no array p, one of t, x, y and p: it holds 't', 'x', 'y'\.$"):
         read_npz(tmp_path / "a.npz")
 
 
@@ -151,5 +152,73 @@ def test_truncated_npz(keep, tmp_path):
 def test_npy_named_npz(tmp_path):
     with (tmp_path / "a.npz").open("wb") as file:
         np.save(file, np.arange(3))
-    with pytest.raises(DataError, match=r"is no npz file: it begins with b'\\x93N' instead of b'PK'\.$"):
+    with pytest.raises(DataError, match=r"is no npz file: it begins with b'\\x93NUM' instead of b'PK\\x03\\x04'\.$"):
         read_npz(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_npz_of_a_few_bytes(size, tmp_path):
+    path = tmp_path / "a.npz"
+    path.write_bytes(b"PK\x03\x04"[:size])
+    with pytest.raises(DataError, match=rf"truncated or corrupt \(it has {size} bytes\); delete it, and"):
+        read_npz(path)
+
+
+@pytest.mark.parametrize("content", [b"Python", b"PK\0\0" + bytes(100)])
+def test_what_only_begins_as_an_npz(content, tmp_path):
+    path = tmp_path / "a.npz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.npz is no npz file: it begins with b'P"):
+        read_npz(path)
+
+
+def write_npz(path, header):
+    """An npz file in which the header of t is this text."""
+    np.savez(path, **{name: array for name, array in npz_arrays().items() if name != "t"})
+    with zipfile.ZipFile(path, "a") as content:
+        content.writestr("t.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode())
+
+
+@pytest.mark.parametrize("header", ["{'descr': '<i8', 'shape': (", "{'descr': '<i8' 3}", "{'descr': 1\n'", "(" * 9000])
+def test_npz_with_a_header_that_is_no_python(header, tmp_path):
+    path = tmp_path / "a.npz"
+    write_npz(path, header)
+    with pytest.raises(DataError, match=r"a\.npz is truncated or corrupt \(\w+\); delete it, and") as caught:
+        read_npz(path)
+    assert "\n" not in caught.value.sentence
+
+
+def test_npz_that_needs_more_memory_than_there_is(tmp_path):
+    path = tmp_path / "a.npz"
+    write_npz(path, "{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000000,)}")
+    with pytest.raises(DataError) as caught:
+        read_npz(path)
+    assert caught.value.sentence == f"{path} cannot be read: not enough memory."
+
+
+def test_npz_with_times_beyond_int64(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, **npz_arrays(t=np.array([0, 1, 2**63 + 5], np.uint64)))
+    with pytest.raises(DataError, match="has an event with t = 9223372036854775813, outside 0 to 4294967295"):
+        read_npz(path)
+
+
+def test_names_of_arrays_are_escaped(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, **{"a\nb": np.arange(3)})
+    with pytest.raises(DataError) as caught:
+        read_npz(path)
+    assert caught.value.sentence == f"{path} holds no array t, one of t, x, y and p: it holds 'a\\nb'."
+
+
+@pytest.mark.parametrize("size", [5, 12, 4000])
+def test_a_recording_of_zeros(size, tmp_path):
+    """A file whose content a loss of power took."""
+    path = tmp_path / "a.aedat"
+    path.write_bytes(bytes(size))
+    with pytest.raises(DataError) as caught:
+        read_aedat(path)
+    assert caught.value.sentence == (
+        f"{path} is no AEDAT 2.0 file: it begins with zeros, as a loss of power leaves them; unpack it again if you "
+        "have its archive."
+    )

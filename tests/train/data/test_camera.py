@@ -116,21 +116,31 @@ def test_foreign_files_are_left_alone(tmp_path, monkeypatch):
     assert (tmp_path / "extract" / "cat").is_dir()
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".DS_Store"])
-def test_a_class_folder_of_something_else(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [".DS_Store", None])
+def test_a_class_folder_without_recordings_is_filled(name, tmp_path):
+    path = tmp_path / "extract" / "4"
+    path.mkdir(parents=True)
+    if name is not None:
+        (path / name).write_text("mine")
+    camera.write_digits(tmp_path, per_class=1)
+    assert len(list(tmp_path.glob("extract/*/*.aedat"))) == 10
+    assert name is None or (path / name).read_text() == "mine"
+    assert not list(tmp_path.rglob(".building-*"))
+
+
+def test_a_class_folder_of_something_else(tmp_path, monkeypatch):
     write = camera.write_digits
     monkeypatch.setattr(event_folder, "write_digits", lambda root: write(root, per_class=1))
-    path = tmp_path / "extract" / "4" / name
+    path = tmp_path / "extract" / "4" / "notes.txt"
     path.parent.mkdir(parents=True)
     path.write_text("mine")
     with pytest.raises(DataError) as caught:
         load("DIGITS_DVS", tmp_path, role="teacher", time_steps=4)
     assert caught.value.sentence == (
-        f"{tmp_path} has no recordings of 4: it holds extract, seal_fast_frames; move what {tmp_path}/extract holds "
-        "elsewhere, and the recordings will be made."
+        f"{tmp_path}/extract/4 has no recordings: it holds notes.txt; move that elsewhere, and they will be made."
     )
     assert path.read_text() == "mine"
-    path.rename(tmp_path / name)
+    path.rename(tmp_path / path.name)
     assert len(load("DIGITS_DVS", tmp_path, role="teacher", time_steps=4).train) == 9
 
 

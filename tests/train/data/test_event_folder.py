@@ -268,15 +268,25 @@ def test_disk_full(tmp_path, monkeypatch):
 
     root = makers.cifar10_dvs(tmp_path)
     monkeypatch.setattr(cache.np, "save", full)
-    assert "cannot be written to (No space left on device); make room" in sentence(root)
+    assert sentence(root).endswith(
+        "cannot be written to (No space left on device); make room there, or copy the data to a folder where there is "
+        "some."
+    )
     assert folders(root) == []
+
+
+def test_a_file_where_a_folder_is_to_be_written(tmp_path):
+    """What is neither a lack of room nor of rights."""
+    root = makers.cifar10_dvs(tmp_path, layout="download")
+    (root / cache.CACHE).touch()
+    assert sentence(root) == f"{root / cache.CACHE} cannot be written to (File exists)."
 
 
 def test_missing_class(tmp_path):
     root = makers.cifar10_dvs(tmp_path)
     shutil.rmtree(root / "extract" / "frog")
     text = sentence(root)
-    assert f"{root} has no recordings of frog" in text
+    assert text.startswith(f"{root}/extract has no recordings of frog: it holds airplane, automobile, ")
     assert "figshare" in text
     assert "SpikingJelly" in text
     assert not (root / cache.CACHE).exists()

@@ -50,8 +50,35 @@ def test_flat_val(tmp_path):
     for folder in [child for child in (root / "val").iterdir() if child.is_dir()]:
         folder.rmdir()
     text = sentence(root)
-    assert f"{root / 'val'} holds its files flat" in text
-    assert "val/<class>/" in text
+    assert text == (
+        f"{root / 'val'} holds its files flat (n00000000_val_0.JPEG, n00000000_val_1.JPEG, n00000000_val_2.JPEG, "
+        "n00000001_val_0.JPEG, n00000001_val_1.JPEG and 1 more), so their classes are unknown; move each image into "
+        "val/<class>/, the class being the one that the development kit's ground truth names."
+    )
+
+
+def test_flat_train(tmp_path):
+    """The ground truth of the development kit is that of val."""
+    root = makers.image_folder(tmp_path)
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+    (root / "train/0.JPEG").touch()
+    assert sentence(root) == (
+        f"{root}/train holds its files flat (0.JPEG), so their classes are unknown; move each image into "
+        "train/<class>/."
+    )
+
+
+def test_train_as_its_tar_unpacks(tmp_path):
+    root = makers.image_folder(tmp_path)
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+    for number in range(7):
+        (root / f"train/n0{number}.tar").touch()
+    assert sentence(root) == (
+        f"{root}/train holds the classes packed (n00.tar, n01.tar, n02.tar, n03.tar, n04.tar and 2 more); unpack each "
+        "into a folder of its name, as in: mkdir n00 && tar -xf n00.tar -C n00."
+    )
 
 
 def test_different_classes(tmp_path):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, features
 
 from seal_fast.train.data import DataError
 from seal_fast.train.data.images import read_image
@@ -81,6 +81,18 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
 def test_white_with_alpha_is_white(tmp_path):
     Image.new("LA", (4, 3), (255, 7)).save(tmp_path / "a.png")
     assert (np.asarray(read_image(str(tmp_path / "a.png"))) == 255).all()
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_a_corrupt_avif(tmp_path):
+    """Its reader raises what the others do not."""
+    path = tmp_path / "a.jpeg"
+    levels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(levels).save(path, "AVIF")
+    head, pixels = path.read_bytes().split(b"mdat")
+    path.write_bytes(head + b"mdat" + bytes(len(pixels)))
+    with pytest.raises(DataError, match=r"a\.jpeg cannot be read as an image \("):
+        read_image(str(path))
 
 
 def test_what_a_reader_of_pillow_does_not_implement(tmp_path):

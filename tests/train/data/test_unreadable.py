@@ -5,6 +5,7 @@ import importlib
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -72,10 +73,20 @@ def as_nobody(name, root, results):
     results.put(read_all(name, root))
 
 
-def sentence_of_nobody(name, root):
-    """What a user without rights is told, or None."""
+def with_little_memory(name, root, results):
+    import resource
+
+    for module in MODULES:
+        importlib.import_module(module)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**29, size + 2**29))
+    results.put(read_all(name, root))
+
+
+def sentence_of_nobody(name, root, target=as_nobody):
+    """What a user without rights, or one with another lack, is told, or None."""
     results = CONTEXT.SimpleQueue()
-    process = CONTEXT.Process(target=as_nobody, args=(name, root, results), daemon=True)
+    process = CONTEXT.Process(target=target, args=(name, root, results), daemon=True)
     process.start()
     process.join(60)
     assert process.exitcode == 0
@@ -141,7 +152,8 @@ def test_a_folder_that_cannot_be_written(layout, public):
     for path in (public, *public.rglob("*")):
         path.chmod(0o555)
     sentence = sentence_of_nobody("CIFAR10_DVS_SJ", root)
-    assert sentence.startswith(f"{root} cannot be written to (Permission denied); ")
+    assert sentence.startswith(f"{root}/seal_fast_frames cannot be written to (Permission denied); allow writing there")
+    assert "make room" not in sentence
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and whose reading fails")
@@ -156,6 +168,21 @@ def test_input_output_error(name, path, tmp_path):
     assert sentence is not None
     assert sentence.startswith(str(named))
     assert sentence.endswith(" cannot be read: input/output error.")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit the memory of a process")
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("CIFAR10", "cifar-10-batches-py/data_batch_3"),
+        ("CIFAR10_DVS_SJ", "extract/cat/cifar10_cat_0.aedat"),
+        ("MNIST", "MNIST/raw/t10k-images-idx3-ubyte"),
+    ],
+)
+def test_not_enough_memory(name, path, tmp_path):
+    place = place_of(name, path, tmp_path)
+    os.truncate(place, 2**31)
+    assert sentence_of_nobody(name, tmp_path, with_little_memory) == f"{place} cannot be read: not enough memory."
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and whose reading fails")
@@ -188,6 +215,13 @@ def test_root_is_a_file(name, tmp_path):
     root = tmp_path / "data.tar.gz"
     root.touch()
     assert read_all(name, root) == f"{root} is no folder; name the folder that holds the data."
+
+
+@ON_DISK
+def test_root_is_a_link_to_nothing(name, tmp_path):
+    root = tmp_path / "data"
+    root.symlink_to(tmp_path / "gone")
+    assert read_all(name, root) == f"{root} is a link to {tmp_path}/gone, which is missing; name another folder."
 
 
 @ON_DISK
