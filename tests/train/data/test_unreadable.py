@@ -195,7 +195,7 @@ def test_archive_on_a_failing_disk(tmp_path):
     assert read_all("CIFAR10_DVS_SJ", root) == sentence
     (makers.cifar10_dvs(tmp_path / "other") / "extract/dog").rename(root / "extract/dog")
     splits = load("CIFAR10_DVS_SJ", root, role="student", time_steps=2)
-    assert splits.notes[0] == f"{sentence} The 2 recordings in {root}/extract/dog are used."
+    assert splits.notes[0] == f"{sentence.rstrip('.')}; the 2 recordings in {root}/extract/dog are used."
 
 
 @ON_DISK
