@@ -94,12 +94,16 @@ def _remedy(text: str) -> str:
     """What helps where processes cannot hand over data; empty for other errors."""
     if "ancdata" in text or "Too many open files" in text:
         return "; this process may open too few files: raise the limit (ulimit -n), or pass --num_workers 0"
-    if not any(word in text for word in ("</torch_", "shared memory", "Bus error", "No space left on device")):
+    shared = any(word in text for word in ("</torch_", "shared memory", "Bus error"))
+    if not shared and "No space left on device" not in text:
         return ""
     try:
-        size = f" of {shutil.disk_usage('/dev/shm').total / 2**20:.3g} MiB"
+        found = shutil.disk_usage("/dev/shm")
+        size = f" of {found.total / 2**20:.3g} MiB"
     except OSError:
-        size = ""
+        found, size = None, ""
+    if not shared and (found is None or found.free > found.total / 2):  # another disk
+        return ""
     remedy = "enlarge it (docker run --shm-size 8g), or pass --num_workers 0"
     return f"; /dev/shm{size}, through which processes hand data over, may be full: {remedy}"
 

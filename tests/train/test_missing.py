@@ -97,6 +97,12 @@ def test_the_cause_of_a_loader_s_error_is_told(error, parts):
     assert all(part in sentence for part in parts), sentence
 
 
+def test_another_full_disk_is_not_taken_for_shared_memory():
+    """TensorBoard's errors, for one, name no file."""
+    sentence, code, _ = command._explained(OSError(28, "No space left on device"), command.WHOLE)
+    assert (sentence, code) == (f"No space left on device; {command.WHOLE}.", 1)
+
+
 @pytest.mark.parametrize(("size", "shown"), [("64k", "0.0625"), ("300k", "0.293")])
 def test_shared_memory_that_is_too_small_is_named(size, shown, tmp_path):
     """In a namespace with a small /dev/shm, as containers have: the first one has no room for the semaphores even."""
