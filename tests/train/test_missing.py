@@ -114,8 +114,7 @@ def test_shared_memory_that_is_too_small_is_named(size, shown, tmp_path):
     script = ["unshare", "-m", "sh", "-c", f'{mounted} && exec "$@"', "sh"]
     result = subprocess.run([*script, *trainer], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1, result.stderr
-    line = result.stderr.splitlines()[-1]
-    assert "No space left on device" in line or "Bus error" in line  # as torch 2.6 finds it
+    line = result.stderr.splitlines()[-1]  # the cause in it differs between versions of torch
     assert f"; /dev/shm of {shown} MiB, through which processes hand data over, may be full: enlarge it (docker" in line
 
 
