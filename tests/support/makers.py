@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from seal_fast.train.data import camera
 from seal_fast.train.data.aedat import Events, read_aedat, write_aedat
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -176,3 +177,15 @@ def image_folder(
                 pixels = np.clip(generator.normal(level, 16, (size[1], size[0], 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{part}_{number}.JPEG")
     return root
+
+
+# dataset -> what writes a small one
+SETS = {
+    "CIFAR10": cifar10,
+    "CIFAR100": cifar100,
+    "CIFAR10_DVS_SJ": cifar10_dvs,
+    "imagenet": image_folder,
+    "MNIST": mnist,
+    "DIGITS": lambda root: root,
+    "DIGITS_DVS": lambda root: camera.write_digits(root, per_class=1),
+}

@@ -10,11 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-# Imported once: a trainer would spend most of a short run on it.
-_CONTEXT.set_forkserver_preload(
+DATA_MODULES = [f"seal_fast.train.data.{module}" for module in ("cifar", "event_folder", "image_folder", "mnist")]
+CONTEXT = multiprocessing.get_context("forkserver")
+# Imported once: a trainer would spend most of a short run on it. There is one list for all tests of a process, as the
+# last one that is set holds for all contexts.
+CONTEXT.set_forkserver_preload(
     [
         "seal_fast.train.distill",
+        *DATA_MODULES,
         "torch.utils.tensorboard",
         "sklearn.datasets",
         "sklearn.model_selection",
@@ -40,7 +43,7 @@ class Trainer:
     def __init__(self, options: str, output: Path, *, program="distill", digits=None, dies_at=None, environment=None):
         self.output = output
         output.write_text("")
-        self.process = _CONTEXT.Process(
+        self.process = CONTEXT.Process(
             target=_main, args=(program, options, output, digits, dies_at, environment or {})
         )
         self.process.start()
@@ -102,7 +105,7 @@ def in_ranks(function, size: int, *args) -> None:
     """Call `function(*args)` in as many ranks, each a process."""
     port = free_port()
     processes = [
-        _CONTEXT.Process(target=_in_rank, args=(rank(number, size, port), function, args)) for number in range(size)
+        CONTEXT.Process(target=_in_rank, args=(rank(number, size, port), function, args)) for number in range(size)
     ]
     for process in processes:
         process.start()
@@ -132,7 +135,7 @@ def _main(program: str, options: str, output: Path, digits: int | None, dies_at:
     # Not the fork server that has made this process: as in a trainer of its own, what loads data are its children.
     multiprocessing.set_start_method("fork", force=True)
     if dies_at is not None:
-        _die_at(dies_at)
+        die_at(dies_at, _SAVING)
     code = trainer(program, options, digits)
     sys.stdout.flush()
     sys.exit(code)
@@ -152,7 +155,8 @@ def trainer(program: str, options: str, digits: int | None) -> int:
     return {"distill": distill, "teacher": teacher}[program].main(options.split())
 
 
-def _die_at(number: int) -> None:
+def die_at(number: int, calls: tuple[str, ...]) -> None:
+    """Let this process end by its own SIGKILL where it makes one more of these system calls than `number`."""
     made = 0
 
     def deadly(call):
@@ -165,7 +169,7 @@ def _die_at(number: int) -> None:
 
         return wrapped
 
-    for name in _SAVING:
+    for name in calls:
         setattr(os, name, deadly(getattr(os, name)))
 
 

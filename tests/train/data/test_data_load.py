@@ -3,7 +3,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import makers
-from seal_fast.train.data import DATASETS, DataError, camera, canonical, load
+from seal_fast.train.data import DATASETS, DataError, canonical, load
 
 SHAPES = {  # C, size, number of classes
     "CIFAR10": (3, 32, 10),
@@ -13,15 +13,6 @@ SHAPES = {  # C, size, number of classes
     "MNIST": (1, 28, 10),
     "DIGITS": (1, 8, 10),
     "DIGITS_DVS": (2, 48, 10),
-}
-MAKERS = {
-    "CIFAR10": makers.cifar10,
-    "CIFAR100": makers.cifar100,
-    "CIFAR10_DVS_SJ": makers.cifar10_dvs,
-    "imagenet": makers.image_folder,
-    "MNIST": makers.mnist,
-    "DIGITS": lambda root: root,
-    "DIGITS_DVS": lambda root: camera.write_digits(root, per_class=1),
 }
 
 
@@ -40,7 +31,7 @@ def test_names():
 @pytest.mark.parametrize("role", ["teacher", "student"])
 @pytest.mark.parametrize("name", DATASETS)
 def test_items(name, role, tmp_path):
-    MAKERS[name](tmp_path)
+    makers.SETS[name](tmp_path)
     splits = load(name, tmp_path, role=role, time_steps=3)
     channels, size, num_classes = SHAPES[name]
     assert (splits.name, splits.in_channels, splits.image_size) == (name, channels, size)
@@ -64,7 +55,7 @@ def test_items(name, role, tmp_path):
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_augmentation_follows_torch_seed_alone(name, tmp_path):
-    MAKERS[name](tmp_path)
+    makers.SETS[name](tmp_path)
     # MNIST's images are left as they are unless AutoAugment is asked for.
     train = load(name, tmp_path, role="student", time_steps=3, auto_aug=True if name == "MNIST" else None).train
     torch.manual_seed(5)

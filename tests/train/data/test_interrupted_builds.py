@@ -1,7 +1,5 @@
 """A build that is killed at any moment: the next one gives the same frames, and leaves nothing else behind."""
 
-import multiprocessing
-import os
 import random
 import signal
 import threading
@@ -13,33 +11,19 @@ import pytest
 import torch
 
 import makers
+from processes import CONTEXT, die_at
 from seal_fast.train.data import camera, event_folder, load, publish
 from seal_fast.train.disk import Lock
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["seal_fast.train.data.event_folder", "sklearn.datasets"])
 SCRAP = ".building-" + 32 * "0"
 CALLS = ("fsync", "rename", "replace", "mkdir", "unlink")
 
 
 def build(root, dies_at, started):
     """Load in this process, which ends at its system call of that number."""
-    made = 0
-
-    def deadly(call):
-        def wrapped(*args, **kwargs):
-            nonlocal made
-            made += 1
-            if made > dies_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
-
-        return wrapped
-
     torch.set_num_threads(1)
     started.set()
-    for name in CALLS:
-        setattr(os, name, deadly(getattr(os, name)))
+    die_at(dies_at, CALLS)
     read(root)
 
 

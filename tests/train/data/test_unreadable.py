@@ -2,7 +2,6 @@
 
 import codecs
 import importlib
-import multiprocessing
 import os
 import shutil
 import sys
@@ -12,21 +11,11 @@ from pathlib import Path
 import pytest
 
 import makers
-from seal_fast.train.data import DATASETS, DataError, camera, load
+from processes import CONTEXT, DATA_MODULES
+from seal_fast.train.data import DATASETS, DataError, load
 from seal_fast.train.data.folders import not_found
 
 NOBODY = 65534
-MODULES = [f"seal_fast.train.data.{module}" for module in ("cifar", "event_folder", "image_folder", "mnist")]
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(MODULES)
-MAKERS = {
-    "CIFAR10": makers.cifar10,
-    "CIFAR100": makers.cifar100,
-    "CIFAR10_DVS_SJ": makers.cifar10_dvs,
-    "imagenet": makers.image_folder,
-    "MNIST": makers.mnist,
-    "DIGITS_DVS": lambda root: camera.write_digits(root, per_class=1),
-}
 ON_DISK = pytest.mark.parametrize("name", [name for name in DATASETS if name != "DIGITS"])
 # Of each dataset, files and folders that are read: "" is its folder, and a cache is read where it is there already.
 READ = {
@@ -63,7 +52,7 @@ def read_all(name, root):
 
 
 def as_nobody(name, root, results):
-    for module in MODULES:  # while they may be read
+    for module in DATA_MODULES:  # while they may be read
         importlib.import_module(module)
     codecs.lookup("cp437")  # of names in archives
     if os.getuid() == 0:
@@ -76,7 +65,7 @@ def as_nobody(name, root, results):
 def with_little_memory(name, root, results):
     import resource
 
-    for module in MODULES:
+    for module in DATA_MODULES:
         importlib.import_module(module)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 2**29, size + 2**29))
@@ -112,7 +101,7 @@ def spread(folder):
 
 def place_of(name, path, root):
     """The path under a data folder that is filled; where it is in a cache, with that cache."""
-    MAKERS[name](root)
+    makers.SETS[name](root)
     if "frames" in path:
         assert read_all(name, root) is None
     return next(root.glob(path)) if path else root
@@ -231,7 +220,7 @@ def test_home_of_nobody(name):
 
 @pytest.mark.parametrize("name", ["CIFAR10_DVS_SJ", "DIGITS_DVS"])
 def test_a_link_to_nothing_is_no_reason_to_leave_a_recording_out(name, tmp_path):
-    MAKERS[name](tmp_path)
+    makers.SETS[name](tmp_path)
     path = sorted(tmp_path.glob("extract/*/*"))[3]
     path.unlink()
     path.symlink_to(tmp_path / "annex")
